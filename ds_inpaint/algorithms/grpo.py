@@ -1,0 +1,231 @@
+"""GRPO: sample a group per triple, push the policy towards its better half (2402.03300; 2505.05470 for
+diffusion, with the denoising steps as actions as in 2305.13301).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_inpaint.advantages import Advantages, group_relative
+from ds_inpaint.errors import UntrustworthyUpdate
+from ds_inpaint.keys import Impossible, key
+from ds_inpaint.noise import generator
+from ds_inpaint.policy_gradient import clipped_surrogate, importance_ratio
+from ds_inpaint.rewards import RewardClient
+from ds_inpaint.rollout import Chunk, Rollout, Rollouts
+from ds_inpaint.values import Condition, Experiences, Loss, Policy, Sampler, Schedule, Triple
+
+DOCTOR_SHARE = 0.1
+"""A deviation of the first ratios from 1 above this share of the clip range stops the run."""
+
+
+@dataclass(frozen=True)
+class TrainedStep:
+    """One sampler step of one micro-batch: states, actions and what they were worth."""
+
+    schedule: Schedule
+    step: int
+    condition: Condition
+    latents_nCHW: Tensor
+    next_nCHW: Tensor
+    old_log_probs_n: Tensor
+    advantages_n: Tensor
+    shares_n: Tensor
+    """Weight of each sample in the global mean over valid samples and trained steps."""
+    reference_nCHW: Tensor | None
+    """Prediction of the reference policy, when a KL penalty needs it."""
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """Recipe section ``algorithm: {name: grpo}``."""
+
+    group_size: int = key(
+        8, "Samples G per triple; the advantage compares them, so more is steadier and dearer.", at_least=2
+    )
+    trained_steps: int = key(
+        5, "Sampler steps K per sample that carry gradient; cost of an update is proportional.", at_least=1
+    )
+    step_choice: str = key(
+        "random",
+        "Which steps: `random` draws K anew each iteration, the same for all samples; `first` takes the noisiest.",
+        choices=("random", "first"),
+    )
+    clip_range: float = key(
+        1e-4,
+        "Trust region c of the ratio; small because log-probs are means over dimensions.",
+        above=0,
+        below=1,
+    )
+    advantage_bound: float = key(5.0, "Advantages are clamped to +- this many group stds.", above=0)
+    advantage_eps: float = key(
+        1e-4,
+        "Added to a group's reward std, in reward units; hushes groups of nearly equal rewards.",
+        above=0,
+    )
+    kl_weight: float = key(
+        0.0,
+        "Weight of the KL divergence of each trained step to the starting weights; 0 keeps no copy.",
+        at_least=0,
+    )
+    updates_per_rollout: int = key(
+        1, "Optimizer steps per rollout; from the second on, the samples are slightly off-policy.", at_least=1
+    )
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the starting weights must be kept."""
+        return self.kl_weight > 0
+
+    @property
+    def samples_per_triple(self) -> int:
+        """How many samples of each triple an iteration draws."""
+        return self.group_size
+
+    def check(self, sampler: Sampler) -> None:
+        """Raise Impossible when the sampler has fewer trainable steps than are asked for."""
+        if self.trained_steps > len(sampler.trainable_steps):
+            raise Impossible(
+                "algorithm.trained_steps",
+                f"{self.trained_steps} steps are to be trained, but the sampler has {len(sampler.trainable_steps)} "
+                f"trainable ones (those that draw noise, without the last). Train fewer, or give the sampler more "
+                f"steps or noise.",
+            )
+
+    def collect(
+        self, triples: Sequence[Triple], iteration: int, rollout: Rollout, rewards: RewardClient
+    ) -> Experiences[TrainedStep]:
+        """Sample and score every group, and judge each sample against its own group."""
+        steps = self._choose_steps(rollout, iteration)
+        parts = rollout.share(len(triples) * self.group_size, self.updates_per_rollout)
+        rollouts = rollout.run(
+            triples, self.group_size, parts, rewards, purpose="rollout", iteration=iteration, record=steps
+        )
+        rewards_N = rollouts.scores.combined_N(rewards.weights)
+        advantages = group_relative(
+            rewards_N, rollouts.scores.valid_N, self.group_size, self.advantage_eps, self.advantage_bound
+        )
+        references = self._reference_predictions(rollouts.chunks, steps, rollout)
+        updates = []
+        for update, chunks in enumerate(rollouts.parts):
+            counted = advantages.weights_N[update :: self.updates_per_rollout].sum()
+            updates.append(
+                [
+                    self._trained_step(
+                        chunk, column, step, rollout, advantages, counted * len(steps), references
+                    )
+                    for chunk in chunks
+                    for column, step in enumerate(steps)
+                ]
+            )
+        return Experiences(updates, _metrics(rollouts, rewards_N, advantages))
+
+    def loss(self, policy: Policy, experience: TrainedStep) -> Loss:
+        """Clipped policy gradient of one step of one micro-batch, plus the KL penalty."""
+        e = experience
+        time = float(e.schedule.times_T[e.step])
+        prediction = policy.predict(e.latents_nCHW, time, e.condition)
+        transition = e.schedule.transition(prediction, e.latents_nCHW, e.step)
+        ratio_n = importance_ratio(transition.log_prob_N(e.next_nCHW), e.old_log_probs_n)
+        loss_n = clipped_surrogate(ratio_n, e.advantages_n, self.clip_range)
+        deviation_n = (ratio_n.detach() - 1).abs()
+        shares = {
+            "ratio/mean": ratio_n.detach(),
+            "ratio/clip_fraction": (deviation_n > self.clip_range).float(),
+        }
+        if e.reference_nCHW is not None:
+            reference = e.schedule.transition(e.reference_nCHW, e.latents_nCHW, e.step)
+            kl_n = transition.divergence_N(reference.mean_NCHW)
+            loss_n = loss_n + self.kl_weight * kl_n
+            shares["kl"] = kl_n.detach()
+        shares["loss"] = loss_n.detach()
+        return Loss(
+            value=(loss_n * e.shares_n).sum(),
+            shares={name: (value_n * e.shares_n).sum() for name, value_n in shares.items()},
+            maxima={"ratio/max_deviation": deviation_n.max()},
+        )
+
+    def doctor(self, metrics: dict[str, float]) -> None:
+        """Judge the first update's numbers, taken before any weight moved: every ratio must be 1.
+
+        Raises:
+            UntrustworthyUpdate: training and rollout disagree on the log-probs of the same actions.
+        """
+        deviation, allowed = metrics["ratio/max_deviation"], DOCTOR_SHARE * self.clip_range
+        if not deviation <= allowed:
+            raise UntrustworthyUpdate(
+                f"Before the first update the largest |ratio - 1| is {deviation:.3g}, but at most {allowed:.3g} "
+                f"(a tenth of algorithm.clip_range) is tolerable: the training forward does not repeat the "
+                f"rollout's log-probs, so clipping would act on rounding errors. Nothing was trained. Try "
+                f"engine.precision: fp32, or a sampler with a larger std at the trained steps, and see that "
+                f"no dropout or other randomness is left in the model."
+            )
+
+    def _choose_steps(self, rollout: Rollout, iteration: int) -> list[int]:
+        allowed = rollout.schedule.trainable_steps
+        if self.step_choice == "first":
+            return list(allowed[: self.trained_steps])
+        draw = torch.randperm(len(allowed), generator=generator(rollout.seed, "trained steps", iteration))
+        return sorted(allowed[index] for index in draw[: self.trained_steps].tolist())
+
+    @torch.no_grad()
+    def _reference_predictions(
+        self, chunks: Sequence[Chunk], steps: Sequence[int], rollout: Rollout
+    ) -> dict[tuple[int, ...], Tensor]:
+        """Reference predictions [n, K, C, H, W] per chunk, in one phase, so that weights are swapped once."""
+        if not self.uses_reference:
+            return {}
+        times = rollout.schedule.times_T.tolist()
+        with rollout.policy.as_reference():
+            return {
+                chunk.samples: torch.stack(
+                    [
+                        rollout.policy.predict(chunk.latents_nKCHW[:, column], times[step], chunk.condition)
+                        for column, step in enumerate(steps)
+                    ],
+                    1,
+                )
+                for chunk in chunks
+            }
+
+    def _trained_step(
+        self,
+        chunk: Chunk,
+        column: int,
+        step: int,
+        rollout: Rollout,
+        advantages: Advantages,
+        count: Tensor,
+        references: dict[tuple[int, ...], Tensor],
+    ) -> TrainedStep:
+        samples, device = list(chunk.samples), chunk.latents_nKCHW.device
+        return TrainedStep(
+            schedule=rollout.schedule,
+            step=step,
+            condition=chunk.condition,
+            latents_nCHW=chunk.latents_nKCHW[:, column],
+            next_nCHW=chunk.next_nKCHW[:, column],
+            old_log_probs_n=chunk.log_probs_nK[:, column],
+            advantages_n=advantages.advantages_N[samples].to(device),
+            shares_n=(advantages.weights_N[samples] / count.clamp(min=1)).to(device),
+            reference_nCHW=references[chunk.samples][:, column] if references else None,
+        )
+
+
+def _metrics(rollouts: Rollouts, rewards_N: Tensor, advantages: Advantages) -> dict[str, float]:
+    valid_N = rollouts.scores.valid_N
+    judged = advantages.group_std_B[~advantages.group_std_B.isnan()]
+    return {
+        "samples": float(len(valid_N)),
+        "reward/mean": float(rewards_N[valid_N].mean()),
+        "reward/std": float(rewards_N[valid_N].std()),
+        "reward/group_std": float(judged.mean()),
+        "reward/silent_groups": float((judged == 0).float().mean()),
+        "reward/invalid_fraction": float((~valid_N).float().mean()),
+        **rollouts.scores.means(),
+        **rollouts.seconds,
+    }

@@ -1,0 +1,147 @@
+"""The processes of a run and what they tell each other beside the model: plans, failures, metrics.
+
+Everything here travels over a control group of its own (gloo, in host memory), so it neither
+interleaves with the engine's collectives nor shares their shorter patience.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ds_inpaint.errors import DsInpaintError, PlanMismatch
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all processes of the run.
+
+    Every method is a collective: all ranks must call it, in the same order. With ``control`` left
+    ``None`` there is one process and nothing is exchanged.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of_this_run(cls, local_rank: int, device: torch.device, patience: timedelta) -> Ranks:
+        """Ranks of an initialised process group; ``patience`` bounds how long one waits for another.
+
+        Slow rewards or a large checkpoint delay single ranks, so be generous.
+        """
+        world_size = dist.get_world_size()
+        control = dist.new_group(backend="gloo", timeout=patience) if world_size > 1 else None
+        return cls(dist.get_rank(), world_size, local_rank, device, control)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
+        return self.rank == 0
+
+    def gather(self, value: Value) -> list[Value]:
+        """The picklable ``value`` of every rank, in rank order, on every rank."""
+        if self.control is None:
+            return [value]
+        values: list[Value | None] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values  # type: ignore[return-value]
+
+    def broadcast(self, value: Value, src: int = 0) -> Value:
+        """Rank ``src``'s picklable ``value``, on every rank; what the others pass is ignored."""
+        if self.control is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=src, group=self.control)
+        return values[0]
+
+    def agree(self, phase: str, **plan: int) -> None:
+        """Check that all ranks are about to do the same work, before an unequal plan could hang them.
+
+        Args:
+            phase: what is about to run, such as ``"rollout"``.
+            plan: the counts that must be equal, such as ``forwards=50``.
+
+        Raises:
+            PlanMismatch: on every rank, naming the plan of each.
+        """
+        plans = self.gather((phase, plan))
+        if any(other != plans[0] for other in plans):
+            described = "; ".join(f"rank {rank}: {_describe(*other)}" for rank, other in enumerate(plans))
+            raise PlanMismatch(
+                f"The ranks are about to do different work, so some would wait for ever: {described}. All "
+                f"must run the same phase with the same counts; give each rank as many samples as the "
+                f"others, or pad a short one with samples of weight 0."
+            )
+
+    def stop_together(self, error: DsInpaintError | None) -> None:
+        """Raise on every rank if any rank failed, so that all leave with the same exit code.
+
+        Args:
+            error: this rank's failure, ``None`` when it has none.
+
+        Raises:
+            DsInpaintError: the failure of the lowest failing rank, of the same type on all ranks; it
+                names that rank unless all failed alike.
+        """
+        failures = self.gather(None if error is None else (type(error), str(error)))
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                kind, message = failure
+                everywhere = all(other == failure for other in failures)
+                raise kind(message if everywhere else f"Rank {rank}: {message}") from error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block that may fail on one rank alone; afterwards all go on, or all raise its error.
+
+        The block must not contain a collective: a rank that failed before it would be missing there.
+
+        Raises:
+            DsInpaintError: see ``stop_together``.
+        """
+        failure = None
+        try:
+            yield
+        except DsInpaintError as error:
+            failure = error
+        self.stop_together(failure)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise sum of a small tensor over the ranks, on the device it came from."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise maximum of a small tensor over the ranks, on the device it came from."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def leave(self) -> None:
+        """End the run's process groups; nothing can be exchanged afterwards."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _reduce(self, values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
+        reduced = values.detach().to("cpu", copy=True)
+        if self.control is not None:
+            dist.all_reduce(reduced, op=operation, group=self.control)
+        return reduced.to(values.device)
+
+
+def _describe(phase: str, plan: Mapping[str, int]) -> str:
+    counts = ", ".join(f"{name}={count}" for name, count in plan.items())
+    return f"{phase} with {counts}" if counts else phase

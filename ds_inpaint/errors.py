@@ -1,0 +1,36 @@
+"""The failures a user can cause or cure, each with the exit code that scripts may rely on."""
+
+from __future__ import annotations
+
+
+class DsInpaintError(Exception):
+    """A failure explained in one message: where, what was found, what is allowed, what to do.
+
+    ``exit_code`` is what the process returns; every rank leaves with the same one.
+    """
+
+    exit_code = 1
+
+
+class InputError(DsInpaintError):
+    """Bad input: a recipe, an image, a mask, a model folder. Raised before anything is lost."""
+
+    exit_code = 2
+
+
+class RewardsUnavailable(DsInpaintError):
+    """No usable scores within the retry budget, or too many invalid ones."""
+
+    exit_code = 3
+
+
+class UntrustworthyUpdate(DsInpaintError):
+    """The doctor found numbers that a correct first update cannot have; nothing was trained."""
+
+    exit_code = 4
+
+
+class PlanMismatch(DsInpaintError):
+    """Ranks were about to run different numbers of forwards or backwards, which would hang."""
+
+    exit_code = 5

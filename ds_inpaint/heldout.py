@@ -1,0 +1,147 @@
+"""Held-out evaluation: the same triples and the same noise each time, so that changes are paired."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ds_inpaint.data import load
+from ds_inpaint.images import read_png, write_grid, write_png
+from ds_inpaint.keys import key
+from ds_inpaint.pixels import blank_holes
+from ds_inpaint.rewards import RewardClient
+from ds_inpaint.rollout import Rollout
+from ds_inpaint.values import Triple
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Recipe section ``evaluation``."""
+
+    every: int = key(
+        10, "Iterations between evaluations; before the first and after the last always.", at_least=1
+    )
+    samples: int = key(
+        64, "Held-out samples, one per triple, going round if there are fewer triples.", at_least=2
+    )
+    pictures: int = key(6, "How many of them are drawn into the picture of each evaluation.", at_least=1)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One evaluation of the policy."""
+
+    rewards_N: Tensor
+    """Combined reward of each sample, NaN where scoring failed."""
+    means: dict[str, float]
+    """Mean raw score of each scorer and component."""
+    seconds: float
+
+    def metrics(self) -> dict[str, float]:
+        """Entries for the metrics file."""
+        mean, error = mean_and_error(self.rewards_N)
+        scores = {f"heldout/{name.removeprefix('reward/')}": value for name, value in self.means.items()}
+        return {
+            "heldout/reward": mean,
+            "heldout/reward_error": error,
+            **scores,
+            "seconds/evaluation": self.seconds,
+        }
+
+
+def mean_and_error(values_N: Tensor) -> tuple[float, float]:
+    """Mean and its standard error over the finite values."""
+    finite = values_N[values_N.isfinite()]
+    return float(finite.mean()), float(finite.std() / math.sqrt(len(finite)))
+
+
+def evaluate(
+    rollout: Rollout,
+    rewards: RewardClient,
+    rows: Sequence[Triple],
+    recipe: Evaluation,
+    folder: Path,
+    iteration: int,
+) -> HeldOut:
+    """Sample, score and draw the held-out triples; all ranks share the work, rank 0 writes.
+
+    Writes ``folder/ITERATION.png`` (masked | fill | original), ``folder/ITERATION/SAMPLE.png`` and the scores
+    of every sample in ``folder/ITERATION.json``.
+    """
+    triples = [rows[number % len(rows)] for number in range(recipe.samples)]
+    # Every rank draws equally many; the last sample is drawn again where the count does not divide.
+    per_rank = math.ceil(len(triples) / rollout.ranks.world_size)
+    first = rollout.ranks.rank * per_rank
+    mine = [min(number, len(triples) - 1) for number in range(first, first + per_rank)]
+    rollouts = rollout.run(triples, 1, [mine], rewards, purpose="heldout", iteration=0)
+    rewards_N = rollouts.scores.combined_N(rewards.weights)
+    drawn = {
+        number: picture.cpu()
+        for chunk in rollouts.chunks
+        for number, picture in zip(chunk.samples, chunk.pasted_nCHW, strict=True)
+        if number < recipe.pictures
+    }
+    fills = {number: picture for part in rollout.ranks.gather(drawn) for number, picture in part.items()}
+    if rollout.ranks.rank == 0:
+        _write(folder, iteration, triples, rollout.size, fills, rewards_N, rollouts.scores.values)
+    return HeldOut(rewards_N, rollouts.scores.means(), sum(rollouts.seconds.values()))
+
+
+def _write(
+    folder: Path,
+    iteration: int,
+    triples: Sequence[Triple],
+    size: int,
+    fills: dict[int, Tensor],
+    rewards_N: Tensor,
+    scores: dict[str, Tensor],
+) -> None:
+    tiles = folder / f"{iteration:06d}"
+    tiles.mkdir(parents=True, exist_ok=True)
+    for number, fill in fills.items():
+        write_png(tiles / f"{number:04d}.png", fill)
+    masked, originals = _inputs(triples[: len(fills)], size)
+    pictures = torch.stack([fills[number] for number in sorted(fills)])
+    write_grid(
+        folder / f"{iteration:06d}.png",
+        [("masked", masked), (f"iteration {iteration}", pictures), ("original", originals)],
+    )
+    rows = [
+        {
+            "id": triple.id,
+            "prompt": triple.prompt,
+            "reward": float(rewards_N[number]) if rewards_N[number].isfinite() else None,
+            **{name: float(values[number]) for name, values in scores.items() if values[number].isfinite()},
+        }
+        for number, triple in enumerate(triples)
+    ]
+    (folder / f"{iteration:06d}.json").write_text(json.dumps(rows, indent=1))
+
+
+def read_rewards(folder: Path, iteration: int) -> Tensor:
+    """The held-out rewards [N] that an evaluation wrote, NaN where scoring failed."""
+    rows = json.loads((folder / f"{iteration:06d}.json").read_text())
+    return torch.tensor([math.nan if row["reward"] is None else row["reward"] for row in rows])
+
+
+def draw_before_after(folder: Path, path: Path, last: int, rows: Sequence[Triple], size: int) -> None:
+    """Draw masked | base fill | trained fill | original from the tiles of the first and the last evaluation."""
+    names = sorted(tile.name for tile in (folder / f"{last:06d}").iterdir())
+    masked, originals = _inputs(rows[: len(names)], size)
+    before, after = (
+        torch.stack([read_png(folder / f"{iteration:06d}" / name) for name in names])
+        for iteration in (0, last)
+    )
+    write_grid(path, [("masked", masked), ("before", before), ("after", after), ("original", originals)])
+
+
+def _inputs(triples: Sequence[Triple], size: int) -> tuple[Tensor, Tensor]:
+    batch = load(triples, size)
+    grey = blank_holes(batch.images_BCHW.float() - 127.5, batch.holes_B1HW) + 127.5
+    return grey.to(torch.uint8), batch.images_BCHW

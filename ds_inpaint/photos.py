@@ -1,0 +1,296 @@
+"""A small inpainting dataset cut from the photographs that scikit-image ships in its wheel.
+
+    python -m ds_inpaint.photos data/photos
+
+writes ``train.jsonl`` (256 rows) and ``heldout.jsonl`` (64 rows) with rows ``{"id", "image", "mask",
+"prompt"}``, PNG images of 64x64 pixels and masks of the same size (white is the region to fill). Nothing
+is downloaded, and the same version of scikit-image gives the same bytes every time.
+
+Every photograph is cut in two by a vertical line before it is scaled, so no pixel of a held-out crop can
+have reached a training crop, not even through the resampling filter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ds_inpaint.errors import DsInpaintError, InputError
+from ds_inpaint.images import write_png
+
+Split = Literal["train", "heldout"]
+
+SIDE = 64
+"""Height and width of a crop, in pixels."""
+
+PHOTO_WIDTHS = (176, 208, 240)
+"""Widths to which the photographs are scaled before cropping: a crop then shows a third of the scene."""
+
+HELDOUT_WIDTH = 0.4
+"""Part of each photograph's width kept out of training."""
+
+MASK_AREA = (0.1, 0.4)
+"""Smallest and largest part of a crop that a mask may cover."""
+
+ROWS_PER_PHOTO: dict[Split, int] = {"train": 32, "heldout": 8}
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One bundled photograph.
+
+    ``heldout_side`` is the side whose content has a counterpart on the other one, so that filling it asks
+    for generalisation and not for something never seen.
+    """
+
+    name: str
+    file: str
+    heldout_side: Literal["left", "right"]
+    captions: tuple[str, ...]
+
+
+PHOTOS = (
+    Photo(
+        "astronaut",
+        "astronaut.png",
+        "left",
+        ("an astronaut in an orange space suit", "a smiling astronaut", "an astronaut beside a flag"),
+    ),
+    Photo(
+        "cat",
+        "chelsea.png",
+        "right",
+        ("a close-up of a tabby cat's face", "a tabby cat with green eyes", "the fur of a brown cat"),
+    ),
+    Photo(
+        "coffee",
+        "coffee.png",
+        "right",
+        (
+            "a cup of espresso on a red saucer",
+            "a coffee cup on a wooden table",
+            "a cup, a saucer and a spoon",
+        ),
+    ),
+    Photo(
+        "rocket",
+        "rocket.jpg",
+        "right",
+        (
+            "a rocket on its launch pad at dusk",
+            "lattice towers under a dark blue sky",
+            "a launch site at night",
+        ),
+    ),
+    Photo(
+        "motorcycle",
+        "motorcycle_left.png",
+        "right",
+        (
+            "a red motorcycle in a garage",
+            "a motorcycle on a concrete floor",
+            "a garage with shelves and boxes",
+        ),
+    ),
+    Photo(
+        "galaxies",
+        "hubble_deep_field.jpg",
+        "right",
+        ("distant galaxies on a black sky", "a deep field full of galaxies", "stars and galaxies"),
+    ),
+    Photo(
+        "retina",
+        "retina.jpg",
+        "right",
+        ("the retina of a human eye", "blood vessels on a red retina", "a photograph of an eye's fundus"),
+    ),
+    Photo(
+        "tissue",
+        "ihc.png",
+        "right",
+        ("stained tissue under a microscope", "brown glands in a stained tissue", "cells with blue nuclei"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Region:
+    """One split's side of one photograph at one scale.
+
+    ``pixels_HW3`` is uint8; ``left`` is the region's first column in the photograph as shipped, and
+    ``scale`` the number of region pixels per photograph pixel.
+    """
+
+    photo: Photo
+    pixels_HW3: NDArray[np.uint8]
+    left: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A crop of ``SIDE`` x ``SIDE`` uint8 pixels.
+
+    ``box`` is the rectangle (left, top, right, bottom) that it shows, in pixels of the photograph as shipped.
+    """
+
+    photo: Photo
+    pixels_HW3: NDArray[np.uint8]
+    box: tuple[float, float, float, float]
+
+
+def split_columns(photo: Photo, width: int, split: Split) -> tuple[int, int]:
+    """First and one-past-last column of a split's side in a photograph of ``width`` columns."""
+    heldout = round(HELDOUT_WIDTH * width)
+    cut = heldout if photo.heldout_side == "left" else width - heldout
+    return (0, cut) if (photo.heldout_side == "left") == (split == "heldout") else (cut, width)
+
+
+def load_regions(split: Split) -> list[Region]:
+    """Load one split's side of every photograph at every scale, photograph by photograph.
+
+    Raises:
+        InputError: scikit-image is missing, or was packaged without its photographs.
+    """
+    try:
+        import skimage
+        from skimage.io import imread
+        from skimage.transform import resize
+    except ImportError as error:
+        raise InputError(
+            "ds_inpaint.photos cuts its dataset from the photographs in scikit-image, which is not installed: "
+            "run `pip install ds_inpaint[demo]`."
+        ) from error
+    folder = Path(skimage.__file__).parent / "data"
+    regions = []
+    for photo in PHOTOS:
+        if not (folder / photo.file).is_file():
+            raise InputError(
+                f"scikit-image {skimage.__version__} has no {photo.file} in {folder}: it was packaged without "
+                "its photographs. Install the wheel with `pip install --force-reinstall scikit-image`."
+            )
+        photo_HW3 = imread(folder / photo.file)
+        height, width = photo_HW3.shape[:2]
+        left, right = split_columns(photo, width, split)
+        for scaled_width in PHOTO_WIDTHS:
+            scale = scaled_width / width
+            shape = (round(height * scale), round((right - left) * scale))
+            scaled_HW3 = resize(photo_HW3[:, left:right], shape, anti_aliasing=True)
+            regions.append(Region(photo, np.round(scaled_HW3 * 255).astype(np.uint8), left, scale))
+    return regions
+
+
+def random_crop(region: Region, random: np.random.Generator) -> Crop:
+    """Cut one crop at a uniformly drawn place of the region."""
+    height, width = region.pixels_HW3.shape[:2]
+    top, left = int(random.integers(height - SIDE + 1)), int(random.integers(width - SIDE + 1))
+    box = (
+        region.left + left / region.scale,
+        top / region.scale,
+        region.left + (left + SIDE) / region.scale,
+        (top + SIDE) / region.scale,
+    )
+    return Crop(region.photo, region.pixels_HW3[top : top + SIDE, left : left + SIDE], box)
+
+
+def random_mask(random: np.random.Generator) -> NDArray[np.bool_]:
+    """Draw a hole (True) in a ``SIDE`` x ``SIDE`` mask: a box, an ellipse or a free-form stroke.
+
+    The covered part is drawn uniformly from ``MASK_AREA``, up to the rounding to whole pixels.
+    """
+    area = random.uniform(*MASK_AREA)
+    shape = random.integers(3)
+    if shape == 2:
+        return _stroke(area, random)
+    aspect = math.exp(random.uniform(-math.log(2), math.log(2)))
+    if shape == 1:
+        area *= 4 / math.pi
+        aspect = min(max(aspect, area), 1 / area)
+    height, width = SIDE * math.sqrt(area * aspect), SIDE * math.sqrt(area / aspect)
+    top, left = random.uniform(0, SIDE - height), random.uniform(0, SIDE - width)
+    rows, columns = np.ogrid[0.5:SIDE, 0.5:SIDE]
+    y, x = (rows - top) / height * 2 - 1, (columns - left) / width * 2 - 1
+    return (x**2 + y**2 <= 1) if shape == 1 else (np.abs(x) <= 1) & (np.abs(y) <= 1)
+
+
+def _stroke(area: float, random: np.random.Generator) -> NDArray[np.bool_]:
+    """A wandering brush that stops once it covers ``area``."""
+    rows, columns = np.ogrid[:SIDE, :SIDE]
+    radius = random.uniform(0.06, 0.12) * SIDE
+    position = random.uniform(0.2, 0.8, size=2) * SIDE
+    heading = random.uniform(0, 2 * math.pi)
+    hole_HW = np.zeros((SIDE, SIDE), dtype=np.bool_)
+    while hole_HW.mean() < area:
+        hole_HW |= (rows - position[0]) ** 2 + (columns - position[1]) ** 2 <= radius**2
+        heading += random.normal(0, 0.35)
+        position = position + radius / 4 * np.array([math.sin(heading), math.cos(heading)])
+        if not (0 <= position.min() and position.max() < SIDE):
+            position = position.clip(0, SIDE - 1)
+            heading = random.uniform(0, 2 * math.pi)
+    return hole_HW
+
+
+def draw_crops(split: Split) -> list[Crop]:
+    """Draw the crops of a split's dataset, photograph by photograph; equal calls give equal crops."""
+    random = np.random.default_rng([0, ROWS_PER_PHOTO[split]])
+    regions = load_regions(split)
+    crops = []
+    for first in range(0, len(regions), len(PHOTO_WIDTHS)):
+        for number in range(ROWS_PER_PHOTO[split]):
+            crops.append(random_crop(regions[first + number % len(PHOTO_WIDTHS)], random))
+    return crops
+
+
+def write_dataset(folder: Path) -> list[Path]:
+    """Write both splits below ``folder`` and return the two JSONL files, training first."""
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    return [_write_split(folder, "train"), _write_split(folder, "heldout")]
+
+
+def _write_split(folder: Path, split: Split) -> Path:
+    rows = []
+    for number, crop in enumerate(draw_crops(split)):
+        row_id = f"{split}-{crop.photo.name}-{number % ROWS_PER_PHOTO[split]:02d}"
+        hole_HW = random_mask(np.random.default_rng([1, ROWS_PER_PHOTO[split], number]))
+        row = {
+            "id": row_id,
+            "image": f"images/{row_id}.png",
+            "mask": f"masks/{row_id}.png",
+            "prompt": crop.photo.captions[number % len(crop.photo.captions)],
+        }
+        write_png(folder / row["image"], torch.from_numpy(crop.pixels_HW3.copy()).movedim(-1, 0))
+        write_png(folder / row["mask"], torch.from_numpy(hole_HW).byte().unsqueeze(0) * 255)
+        rows.append(json.dumps(row))
+    path = folder / f"{split}.jsonl"
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m ds_inpaint.photos", description="Write the demo dataset.")
+    parser.add_argument("out", type=Path, help="folder to write, made if missing")
+    folder = parser.parse_args(arguments).out
+    try:
+        paths = write_dataset(folder)
+    except DsInpaintError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    for path in paths:
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

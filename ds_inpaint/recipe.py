@@ -1,0 +1,86 @@
+"""A recipe: every section of a run, composed and cross-checked before any model loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_inpaint import schema
+from ds_inpaint.data import Data
+from ds_inpaint.engine import EngineSection, OptimizerSection
+from ds_inpaint.heldout import Evaluation
+from ds_inpaint.keys import REQUIRED, door, key
+from ds_inpaint.rewards import Rewards
+from ds_inpaint.tracking import Tracking
+
+
+@dataclass(frozen=True)
+class Run:
+    """Section ``run``."""
+
+    name: str = key(REQUIRED, "Name of the run, as trackers and pictures show it.")
+    dir: Path = key(REQUIRED, "Run folder; a run found there is continued.")
+    iterations: int = key(REQUIRED, "Iterations (rollout and update) in all.", at_least=1)
+    seed: int = key(0, "Seeds every draw of the run.", at_least=0)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Section ``checkpoint``."""
+
+    every: int = key(
+        50, "Iterations between checkpoints; 0 writes one only when the run must stop.", at_least=0
+    )
+    keep: int = key(2, "Newest checkpoints that are kept.", at_least=1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe; sections in the order the data flows."""
+
+    run: Run
+    data: Data
+    rewards: Rewards
+    model: Any = door("ds_inpaint.models", "Model family and weights.")
+    sampler: Any = door("ds_inpaint.samplers", "How rollouts and evaluations go from noise to image.")
+    algorithm: Any = door("ds_inpaint.algorithms", "What is learned from.")
+    optimizer: OptimizerSection = key(OptimizerSection, "Update rule.")
+    engine: EngineSection = key(EngineSection, "How the model fits the machines.")
+    evaluation: Evaluation = key(Evaluation, "Held-out evaluation.")
+    checkpoint: Checkpoint = key(Checkpoint, "Checkpoints.")
+    tracking: Tracking = key(Tracking, "Where metrics go beside metrics.jsonl.")
+
+    def __post_init__(self) -> None:
+        self.algorithm.check(self.sampler)
+
+
+def load_recipe(path: Path, overrides: Sequence[str], world_size: int) -> Recipe:
+    """Read and check a recipe for a run on ``world_size`` ranks.
+
+    Args:
+        path: the YAML file.
+        overrides: ``section.key=value`` settings.
+        world_size: ranks that will run it.
+
+    Raises:
+        InputError: everything that can be known to be wrong before a model loads.
+    """
+    loaded = schema.load(path, overrides, Recipe)
+    recipe = loaded.value
+    for name, file in (("data.train", recipe.data.train), ("data.heldout", recipe.data.heldout)):
+        if not file.is_file():
+            raise loaded.error(name, f"{file} does not exist (looked in {Path.cwd()}); give a JSONL file.")
+    if problem := recipe.model.problem():
+        raise loaded.error("model.path", problem)
+    samples = recipe.data.batch * recipe.algorithm.samples_per_triple
+    parts = world_size * recipe.algorithm.updates_per_rollout
+    if samples % parts:
+        raise loaded.error(
+            "data.batch",
+            f"{recipe.data.batch} triples x {recipe.algorithm.samples_per_triple} samples = {samples} do not "
+            f"divide among {world_size} ranks x {recipe.algorithm.updates_per_rollout} updates per rollout. "
+            f"Change the batch, the samples per triple or the number of ranks until they do.",
+        )
+    return recipe

@@ -1,0 +1,305 @@
+"""The trainer's connection to reward servers: asks for scores, splits, retries, and never invents a score."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+from ds_inpaint_protos.reward.v1 import reward_pb2, reward_pb2_grpc
+from torch import Tensor
+
+from ds_inpaint.embedded_server import EmbeddedServer
+from ds_inpaint.errors import InputError, RewardsUnavailable
+from ds_inpaint.keys import REQUIRED, key
+from ds_inpaint.reward_wire import Items, Offer, agree, read_response, write_request
+from ds_inpaint.scores import Scores, concatenate
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = "embedded"
+
+REQUESTS_IN_FLIGHT = 4
+"""Requests that one client has under way; more only queue in the server."""
+
+MAX_RESPONSE_BYTES = 256 << 20
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # A server that comes back is used within a second; the default waits up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Recipe section ``rewards``."""
+
+    scorers: dict[str, float] = key(
+        REQUIRED, "Weight of each scorer in the reward; a scorer of weight 0 is only tracked."
+    )
+    servers: str | list[str] = key(
+        EMBEDDED, "'embedded' starts a server on this machine's CPU; otherwise a list of HOST:PORT."
+    )
+    timeout_seconds: float = key(60.0, "Deadline of one request; raise it for slow scorers.", above=0)
+    retry_seconds: float = key(
+        120.0, "How long servers may stay away, for instance to restart, before the run stops.", at_least=0
+    )
+    max_invalid_fraction: float = key(
+        0.1, "Largest part of an iteration's samples that may lack a score.", at_least=0, at_most=1
+    )
+
+    def __post_init__(self) -> None:
+        """Check what spans several keys, or several values of one."""
+        if not any(self.scorers.values()):
+            raise InputError(f"rewards.scorers needs a scorer of weight other than 0, found {self.scorers}.")
+        addresses = [] if self.servers == EMBEDDED else self.servers
+        if isinstance(addresses, str) or any(":" not in address for address in addresses):
+            raise InputError(
+                f"rewards.servers must be 'embedded' or a list of HOST:PORT, found {self.servers!r}."
+            )
+        if self.servers == []:
+            raise InputError("rewards.servers is an empty list: name a HOST:PORT, or write 'embedded'.")
+
+
+@contextmanager
+def reward_addresses(rewards: Rewards, log_path: Path) -> Iterator[list[str]]:
+    """The servers' addresses; an embedded server runs inside the context and logs to ``log_path``.
+
+    Enter it in one process of a run only, and tell the others the addresses.
+
+    Raises:
+        RewardsUnavailable: the embedded server did not start.
+    """
+    if isinstance(rewards.servers, list):
+        yield rewards.servers
+        return
+    with EmbeddedServer(list(rewards.scorers), log_path) as server:
+        yield [server.address]
+
+
+@dataclass(frozen=True)
+class _Endpoint:
+    address: str
+    channel: grpc.Channel
+    stub: reward_pb2_grpc.RewardServiceStub
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Samples that are being scored; hand it to ``RewardClient.collect``."""
+
+    parts: tuple[Future[Scores], ...]
+
+
+class RewardClient:
+    """A connection to reward servers, for use by the process and the thread that made it.
+
+    Requests go to the servers in turn, and to the next one when a server cannot answer. Make it after the
+    last fork of this process: a forked copy of a gRPC channel hangs.
+    """
+
+    def __init__(self, rewards: Rewards, addresses: Sequence[str], offer: Offer) -> None:
+        """Use ``connect``."""
+        self._rewards = rewards
+        self._offer = offer
+        self._endpoints = [_open(address) for address in addresses]
+        self._turn = itertools.count()
+        self._closed = threading.Event()
+        self._pool = ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="rewards")
+        self._pid = os.getpid()
+
+    @classmethod
+    def connect(cls, rewards: Rewards, addresses: Sequence[str]) -> RewardClient:
+        """Wait for every server and check that it offers what the recipe asks for.
+
+        Raises:
+            InputError: a server does not offer a scorer, or the servers' versions of one differ.
+            RewardsUnavailable: a server did not answer within ``retry_seconds``.
+        """
+        infos = {address: _ask(address, rewards) for address in addresses}
+        return cls(rewards, addresses, agree(list(rewards.scorers), infos))
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Scorer name to the fingerprint that every score of this client comes from."""
+        return dict(self._offer.fingerprints)
+
+    def submit(
+        self,
+        raw_NHWC: Tensor,
+        pasted_NHWC: Tensor,
+        masks_NHW: Tensor,
+        references_NHWC: Tensor,
+        prompts: Sequence[str],
+        sample_ids: Sequence[str],
+        group_ids: Sequence[str],
+    ) -> Pending:
+        """Begin to score N samples and return while the requests are under way.
+
+        The tensors are uint8 on any device. They are copied to the CPU at once, if a scorer needs them, so
+        they may be changed afterwards.
+
+        Args:
+            raw_NHWC: images as decoded, RGB.
+            pasted_NHWC: the same with the known pixels pasted back, without feathering.
+            masks_NHW: above 127 where a pixel was filled.
+            references_NHWC: the original images.
+            prompts: what each sample was to show.
+            sample_ids: a name for each sample, for messages.
+            group_ids: equal for samples of the same image, mask and prompt.
+        """
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "A RewardClient was used in a fork of the process that made it, where it hangs."
+            )
+        batches = {
+            "decoded_images": raw_NHWC,
+            "pasted_images": pasted_NHWC,
+            "masks": masks_NHW,
+            "reference_images": references_NHWC,
+        }
+        for field, batch in batches.items():
+            if batch.dtype != torch.uint8:
+                raise TypeError(f"{field} must be uint8, found {batch.dtype}.")
+        needed = {field: batch.cpu() for field, batch in batches.items() if field in self._offer.fields}
+        items = Items(needed, prompts, sample_ids, group_ids)
+        size = self._offer.items_per_request(items)
+        starts = range(0, len(sample_ids), size)
+        return Pending(
+            tuple(self._pool.submit(self._score, items.rows(start, start + size)) for start in starts)
+        )
+
+    def collect(self, pending: Pending) -> Scores:
+        """Wait for the scores of what was submitted, in its order.
+
+        Raises:
+            RewardsUnavailable: a request found no server within the retry budget, or was refused.
+        """
+        return concatenate([part.result() for part in pending.parts])
+
+    def close(self) -> None:
+        """Give up requests under way and close the connections."""
+        self._closed.set()
+        for endpoint in self._endpoints:
+            endpoint.channel.close()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _score(self, items: Items) -> Scores:
+        request = write_request(items, self._offer.fingerprints)
+        turn = next(self._turn) % len(self._endpoints)
+        endpoints = self._endpoints[turn:] + self._endpoints[:turn]
+        endpoint, response = _call(endpoints, _score_method, request, self._rewards, self._closed)
+        try:
+            return read_response(response, items.sample_ids, self._rewards.scorers)
+        except ValueError as error:
+            raise RewardsUnavailable(
+                f"Reward server {endpoint.address} answered with something else than it was asked: {error}. "
+                "Trainer and server must come from compatible versions of ds_inpaint."
+            ) from error
+
+
+def _open(address: str) -> _Endpoint:
+    channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return _Endpoint(address, channel, reward_pb2_grpc.RewardServiceStub(channel))
+
+
+def _score_method(stub: reward_pb2_grpc.RewardServiceStub) -> Callable[..., Any]:
+    return stub.Score
+
+
+def _info_method(stub: reward_pb2_grpc.RewardServiceStub) -> Callable[..., Any]:
+    return stub.GetServerInfo
+
+
+def _ask(address: str, rewards: Rewards) -> reward_pb2.GetServerInfoResponse:
+    """What one server offers, waiting for it within the retry budget."""
+    endpoint = _open(address)
+    with endpoint.channel:
+        _, info = _call(
+            [endpoint], _info_method, reward_pb2.GetServerInfoRequest(), rewards, threading.Event()
+        )
+    return info
+
+
+def _call(
+    endpoints: Sequence[_Endpoint],
+    method: Callable[[reward_pb2_grpc.RewardServiceStub], Callable[..., Any]],
+    request: Any,
+    rewards: Rewards,
+    closed: threading.Event,
+) -> tuple[_Endpoint, Any]:
+    """Call a method of the first endpoint that answers, and go round them until the budget is spent.
+
+    Scoring has no side effects, so a request whose answer was lost may be repeated.
+    """
+    jitter = random.Random()  # of its own, to leave the seeded global one alone
+    failing_since = None
+    for attempt in itertools.count():
+        endpoint = endpoints[attempt % len(endpoints)]
+        try:
+            return endpoint, method(endpoint.stub)(request, timeout=rewards.timeout_seconds)
+        except grpc.RpcError as error:
+            now = time.monotonic()
+            failing_since = failing_since or now
+            rounds, place = divmod(attempt + 1, len(endpoints))
+            pause = _pause_seconds(error, rounds)
+            if pause is None:
+                raise RewardsUnavailable(_refused(endpoint, error)) from error
+            left = failing_since + rewards.retry_seconds - now
+            if closed.is_set() or (place == 0 and left <= 0):
+                raise RewardsUnavailable(_gone(endpoints, error, now - failing_since, rewards)) from error
+            if attempt == 0:
+                log.warning("Reward server %s: %s; trying again.", endpoint.address, _reason(error))
+            if place == 0:
+                closed.wait(min(pause * jitter.uniform(0.5, 1), left))
+    raise AssertionError("unreachable: the loop has no end")
+
+
+def _pause_seconds(error: grpc.RpcError, rounds: int) -> float | None:
+    """Seconds to wait before going round the servers again; ``None`` when that would change nothing."""
+    code = error.code()
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**rounds)
+    # A busy server says when to come back; without that the message is too large, today and tomorrow.
+    pushback = dict(error.trailing_metadata() or ()).get("grpc-retry-pushback-ms")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and pushback is not None:
+        return 2 * int(pushback) / 1000
+    return None
+
+
+def _reason(error: grpc.RpcError) -> str:
+    return f"{error.code().name}: {error.details()}"
+
+
+def _refused(endpoint: _Endpoint, error: grpc.RpcError) -> str:
+    return (
+        f"Reward server {endpoint.address} refused a request that would fail again: {_reason(error)}. Check "
+        "that this address is a ds_inpaint reward server of the same version, with the scorers of this run."
+    )
+
+
+def _gone(endpoints: Sequence[_Endpoint], error: grpc.RpcError, seconds: float, rewards: Rewards) -> str:
+    addresses = ", ".join(endpoint.address for endpoint in endpoints)
+    return (
+        f"No reward server among {addresses} answered; the last one failed for {seconds:.1f} s with "
+        f"{_reason(error)}. See its log, start it again and resume the run; rewards.retry_seconds, now "
+        f"{rewards.retry_seconds:g}, is how long a server may stay away."
+    )

@@ -1,0 +1,61 @@
+"""Train by a recipe.
+
+    deepspeed --num_gpus 8 -m ds_inpaint.run recipes/grpo_sd.yaml [section.key=value ...]
+    python -m ds_inpaint.run recipes/tiny/grpo_sd.yaml          # one rank
+
+Exit codes: 0 done, 2 bad input, 3 rewards unavailable, 4 the doctor stopped the run, 5 the ranks disagreed
+on their plan, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+
+from ds_inpaint.engine import setup
+from ds_inpaint.errors import DsInpaintError
+from ds_inpaint.recipe import load_recipe
+from ds_inpaint.run_folder import open_run_folder
+from ds_inpaint.trainer import train
+
+SECONDS_FOR_RANK_0 = 3.0
+"""The launcher kills all ranks once one has left, so the others let rank 0 print the reason first."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, check the recipe, train; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="ds_inpaint.run", description=__doc__.split("\n")[0])
+    parser.add_argument("recipe", type=Path, help="YAML recipe, see recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe keys to change")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    try:
+        _run(options.recipe, options.overrides)
+    except DsInpaintError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\nds_inpaint: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(SECONDS_FOR_RANK_0)
+        return error.exit_code
+    return 0
+
+
+def _run(path: Path, overrides: Sequence[str]) -> None:
+    recipe = load_recipe(path, overrides, int(os.environ.get("WORLD_SIZE", 1)))
+    ranks = setup(recipe.engine)
+    try:
+        with ranks.together():
+            if ranks.is_main:
+                open_run_folder(recipe)
+        train(recipe, ranks)
+    finally:
+        ranks.leave()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

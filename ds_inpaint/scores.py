@@ -1,0 +1,41 @@
+"""What reward servers say about N samples, and how it becomes one reward per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The raw scores of N samples; float32 on the CPU, higher is better."""
+
+    values: dict[str, Tensor]
+    """Scorer name to scores [N]; NaN where that scorer has none to give."""
+    components: dict[str, Tensor]
+    """``scorer/component`` to what the scorer computed on the way [N]; NaN like the score."""
+    valid_N: Tensor
+    """bool, True where every scorer with a weight other than 0 gave a score."""
+    messages: tuple[str, ...]
+    """One ``sample: scorer: reason`` for every missing score."""
+
+    def combined_N(self, weights: Mapping[str, float]) -> Tensor:
+        """Weighted sum of the raw scores [N], NaN where a sample is not valid.
+
+        Scorers of weight 0 are only watched: they take no part, not even with their NaN.
+        """
+        terms = [weight * self.values[name] for name, weight in weights.items() if weight != 0]
+        return torch.where(self.valid_N, torch.stack(terms).sum(0), torch.nan)
+
+
+def concatenate(parts: Sequence[Scores]) -> Scores:
+    """The scores of consecutive samples as one; every part is of the same scorers."""
+    return Scores(
+        {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values},
+        {name: torch.cat([part.components[name] for part in parts]) for name in parts[0].components},
+        torch.cat([part.valid_N for part in parts]),
+        tuple(message for part in parts for message in part.messages),
+    )

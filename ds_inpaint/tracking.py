@@ -1,0 +1,106 @@
+"""Watching a run: the metrics file, the progress bar and Weights & Biases, on rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import wandb
+from tqdm import tqdm
+
+from ds_inpaint.keys import key
+
+BAR_METRICS = {"reward": "reward/mean", "loss": "loss", "ratio": "ratio/mean"}
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Recipe section ``tracking``."""
+
+    wandb: str = key(
+        "disabled",
+        "Weights & Biases: `online`, `offline` (needs no account; upload later with `wandb sync`) or `disabled`.",
+        choices=("online", "offline", "disabled"),
+    )
+    project: str = key("ds_inpaint", "Weights & Biases project.")
+
+
+class Tracker:
+    """Writes one JSON object per iteration to ``metrics.jsonl``; silent on all ranks but 0."""
+
+    def __init__(
+        self,
+        recipe: Tracking,
+        folder: Path,
+        name: str,
+        done: int,
+        total: int,
+        resolved: dict[str, Any],
+        speaks: bool,
+    ) -> None:
+        """Open the run's metrics.
+
+        Args:
+            recipe: section ``tracking``.
+            folder: the run folder.
+            name: the run's name.
+            done: iterations behind a resumed run; later rows of its metrics file are dropped.
+            total: iterations in all.
+            resolved: the resolved recipe, shown beside the run in Weights & Biases.
+            speaks: False on every rank but 0.
+        """
+        self._path = folder / "metrics.jsonl"
+        self._speaks = speaks
+        if not speaks:
+            return
+        kept = [row for row in read_metrics(self._path) if row["iteration"] <= done] if done else []
+        self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._bar = tqdm(total=total, initial=done, desc=name, unit="it", dynamic_ncols=True)
+        self._wandb = (
+            None
+            if recipe.wandb == "disabled"
+            else wandb.init(project=recipe.project, name=name, dir=folder, mode=recipe.wandb, config=resolved)
+        )
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Add the row of one iteration; numbers that are not finite are written as null."""
+        if not self._speaks:
+            return
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._bar.update(int(metrics["iteration"]) - self._bar.n)
+        self._bar.set_postfix(
+            {label: f"{metrics[name]:.4g}" for label, name in BAR_METRICS.items() if name in metrics}
+        )
+        if self._wandb is not None:
+            self._wandb.log(row, step=int(metrics["iteration"]))
+
+    def say(self, message: str) -> None:
+        """Print a line above the progress bar."""
+        if self._speaks:
+            tqdm.write(message)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._speaks:
+            return
+        self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if error is None else 1)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; empty when there is none. A half-written last line is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

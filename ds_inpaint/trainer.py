@@ -1,0 +1,273 @@
+"""The training loop; blind to the model family and to the algorithm."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ds_inpaint.data import read_rows, rows_of_iteration
+from ds_inpaint.distributed import Ranks
+from ds_inpaint.engine import Engine
+from ds_inpaint.errors import InputError, RewardsUnavailable
+from ds_inpaint.heldout import draw_before_after, evaluate, mean_and_error, read_rewards
+from ds_inpaint.plots import draw_reward_curve
+from ds_inpaint.recipe import Recipe
+from ds_inpaint.rewards import EmbeddedServer, RewardClient, Rewards
+from ds_inpaint.rollout import Rollout
+from ds_inpaint.schema import plain
+from ds_inpaint.tracking import Tracker, read_metrics
+from ds_inpaint.values import Experiences, Loss, Policy, Triple
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def train(recipe: Recipe, ranks: Ranks) -> None:
+    """Run a recipe to its last iteration, from the newest checkpoint of its run folder if there is one.
+
+    Raises:
+        DsInpaintError: on all ranks together. When rewards or data failed, the weights up to the last
+            finished iteration are checkpointed first.
+    """
+    with ranks.together():
+        train_rows, heldout_rows = read_rows(recipe.data.train), read_rows(recipe.data.heldout)
+    folder = recipe.run.dir
+    with ExitStack() as stack:
+        rewards = stack.enter_context(_connect(recipe.rewards, folder, ranks, stack))
+        policy, engine = _build(recipe, ranks)
+        stack.callback(engine.close)
+        run = TrainingRun(recipe, folder, ranks, rewards, policy, engine, train_rows, heldout_rows)
+        done = run.resume()
+        tracker = stack.enter_context(
+            Tracker(
+                recipe.tracking,
+                folder,
+                recipe.run.name,
+                done,
+                recipe.run.iterations,
+                plain(recipe),
+                ranks.is_main,
+            )
+        )
+        run.go(done, tracker)
+        run.finish(tracker)
+
+
+def _connect(recipe: Rewards, folder: Path, ranks: Ranks, stack: ExitStack) -> RewardClient:
+    """A client of the recipe's servers; ``embedded`` starts one server per machine."""
+    if recipe.servers != "embedded":
+        addresses = recipe.servers
+    else:
+        own = None
+        with ranks.together():
+            if ranks.local_rank == 0:
+                own = stack.enter_context(EmbeddedServer(recipe, folder / "reward_server.log")).address
+        started = dict(pair for pair in ranks.gather((socket.gethostname(), own)) if pair[1])
+        addresses = [started[socket.gethostname()]]
+    with ranks.together():
+        client = RewardClient.connect(recipe, addresses)
+    return client
+
+
+def _build(recipe: Recipe, ranks: Ranks) -> tuple[Policy, Engine]:
+    """Load the model and put its denoiser into a ZeRO engine."""
+    with ranks.together():
+        policy = recipe.model.load(
+            ranks.device, DTYPES[recipe.engine.precision], recipe.engine.activation_checkpointing
+        )
+        policy.latent_shape(recipe.data.size, recipe.data.size)
+    engine = Engine(
+        policy.denoiser,
+        recipe.engine,
+        recipe.optimizer,
+        ranks,
+        total_steps=recipe.run.iterations * recipe.algorithm.updates_per_rollout,
+        leaf_classes=recipe.model.leaf_blocks,
+    )
+    if recipe.algorithm.uses_reference:
+        engine.save_slot("reference")
+    return replace(policy, denoiser=engine), engine
+
+
+@dataclass
+class Meter:
+    """Sums what the micro-batches of an update report, without waiting for the device."""
+
+    shares: dict[str, Tensor] = field(default_factory=dict)
+    maxima: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, loss: Loss) -> None:
+        """Take in one micro-batch."""
+        for name, value in loss.shares.items():
+            self.shares[name] = self.shares[name] + value if name in self.shares else value
+        for name, value in loss.maxima.items():
+            self.maxima[name] = self.maxima[name].maximum(value) if name in self.maxima else value
+
+    def total(self, ranks: Ranks) -> dict[str, float]:
+        """Global means and maxima of the update."""
+        means = ranks.sum(torch.stack([value.double() for value in self.shares.values()])).tolist()
+        maxima = ranks.max(torch.stack([value.double() for value in self.maxima.values()])).tolist()
+        return {**dict(zip(self.shares, means, strict=True)), **dict(zip(self.maxima, maxima, strict=True))}
+
+
+@dataclass
+class TrainingRun:
+    """The parts of a run in progress."""
+
+    recipe: Recipe
+    folder: Path
+    ranks: Ranks
+    rewards: RewardClient
+    policy: Policy
+    engine: Engine
+    train_rows: list[Triple]
+    heldout_rows: list[Triple]
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        self.rollout = Rollout(
+            self.policy,
+            recipe.sampler.schedule(self.policy.process),
+            self.ranks,
+            recipe.run.seed,
+            recipe.data.size,
+            recipe.engine.micro_batch,
+        )
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
+    def resume(self) -> int:
+        """Load the newest checkpoint, if there is one; returns how many iterations lie behind it."""
+        if not (self.checkpoints / "latest").exists():
+            return 0
+        return self.engine.load(self.checkpoints)["iterations"]
+
+    def go(self, done: int, tracker: Tracker) -> None:
+        """Iterate from ``done`` finished iterations to the last."""
+        if done == 0:
+            tracker.log({"iteration": 0, **self.evaluate(0)})
+        for iteration in range(done, self.recipe.run.iterations):
+            started = time.perf_counter()
+            batch = rows_of_iteration(
+                self.train_rows, iteration, self.recipe.data.batch, self.recipe.run.seed
+            )
+            try:
+                experiences = self.recipe.algorithm.collect(batch, iteration, self.rollout, self.rewards)
+            except (RewardsUnavailable, InputError):
+                self.save(iteration)
+                raise
+            metrics = self.update(experiences, first=iteration == 0)
+            seconds = time.perf_counter() - started
+            metrics |= {"seconds/total": seconds, "samples_per_second": metrics["samples"] / seconds}
+            self.end_iteration(iteration + 1, metrics, tracker)
+
+    def update(self, experiences: Experiences, first: bool) -> dict[str, float]:
+        """Take the optimizer steps of one iteration; on the very first, the doctor looks before the step."""
+        started = time.perf_counter()
+        totals = []
+        for micro_batches in experiences.updates:
+            self.ranks.agree("update", micro_batches=len(micro_batches))
+            meter = Meter()
+            for experience in micro_batches:
+                loss = self.recipe.algorithm.loss(self.policy, experience)
+                self.engine.backward(loss.value)
+                meter.add(loss)
+            total = meter.total(self.ranks)
+            if first and not totals:
+                self.recipe.algorithm.doctor(total)
+            step = self.engine.step()
+            totals.append(
+                {
+                    **total,
+                    "grad_norm": step.grad_norm,
+                    "learning_rate": step.learning_rate,
+                    "update/skipped": float(not step.applied),
+                }
+            )
+        return {
+            **experiences.metrics,
+            **_over_updates(totals),
+            "seconds/update": time.perf_counter() - started,
+        }
+
+    def end_iteration(self, done: int, metrics: dict[str, float], tracker: Tracker) -> None:
+        """Evaluate, log and checkpoint when due."""
+        last = done == self.recipe.run.iterations
+        if last or done % self.recipe.evaluation.every == 0:
+            metrics |= self.evaluate(done)
+        tracker.log({"iteration": done, **metrics})
+        every = self.recipe.checkpoint.every
+        if every and (last or done % every == 0):
+            self.save(done)
+
+    def evaluate(self, done: int) -> dict[str, float]:
+        """Held-out metrics of the current weights."""
+        try:
+            heldout = evaluate(
+                self.rollout,
+                self.rewards,
+                self.heldout_rows,
+                self.recipe.evaluation,
+                self.folder / "samples",
+                done,
+            )
+        except (RewardsUnavailable, InputError):
+            self.save(done)
+            raise
+        return heldout.metrics()
+
+    def save(self, done: int) -> None:
+        """Checkpoint the state after ``done`` iterations and drop the oldest ones."""
+        self.engine.save(self.checkpoints, f"{done:06d}", {"iterations": done})
+        if self.ranks.is_main:
+            for old in sorted(self.checkpoints.glob("[0-9]*"))[: -self.recipe.checkpoint.keep]:
+                shutil.rmtree(old)
+
+    def finish(self, tracker: Tracker) -> None:
+        """Export the model, draw the pictures and say what was reached and where it lies."""
+        weights = self.engine.state_dict()
+        if weights is None:
+            return
+        self.policy.export(weights, self.folder / "export")
+        total, samples = self.recipe.run.iterations, self.folder / "samples"
+        draw_before_after(
+            samples, self.folder / "before_after.png", total, self.heldout_rows, self.recipe.data.size
+        )
+        draw_reward_curve(
+            self.folder / "reward_curve.png",
+            read_metrics(self.folder / "metrics.jsonl"),
+            self.recipe.run.name,
+        )
+        tracker.say(self.report(read_rewards(samples, 0), read_rewards(samples, total)))
+
+    def report(self, before_N: Tensor, after_N: Tensor) -> str:
+        """The last words of a run; the gain is a paired difference over the same triples and noise."""
+        (before, before_error), (after, after_error) = mean_and_error(before_N), mean_and_error(after_N)
+        gain, gain_error = mean_and_error(after_N - before_N)
+        return (
+            f"held-out reward  {before:.4f} +- {before_error:.4f} before, {after:.4f} +- {after_error:.4f} after\n"
+            f"paired gain      {gain:+.4f} +- {gain_error:.4f} over {len(after_N)} held-out samples\n"
+            f"before and after {self.folder / 'before_after.png'}\n"
+            f"reward curve     {self.folder / 'reward_curve.png'}\n"
+            f"metrics          {self.folder / 'metrics.jsonl'}\n"
+            f"model            {self.folder / 'export'}"
+        )
+
+
+def _over_updates(totals: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over the optimizer steps of an iteration; the largest of what is a maximum."""
+    return {
+        name: max(values) if name.endswith("max_deviation") else sum(values) / len(values)
+        for name in totals[0]
+        for values in [[total[name] for total in totals]]
+    }
