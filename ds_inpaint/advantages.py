@@ -21,9 +21,7 @@ class Advantages:
     """Standard deviation of the rewards inside each group that takes part; NaN for the others."""
 
 
-def group_relative(
-    rewards_N: Tensor, valid_N: Tensor, group_size: int, eps: float, bound: float
-) -> Advantages:
+def group_relative(rewards_N: Tensor, valid_N: Tensor, group_size: int, eps: float, bound: float) -> Advantages:
     """(reward - group mean) / (group std + eps), clamped to +-bound, over the valid samples (2402.03300).
 
     A group needs max(2, ceil(G / 2)) valid samples to take part. The standard deviation is the unbiased

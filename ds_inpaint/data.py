@@ -22,9 +22,7 @@ COLUMNS = ("image", "mask", "prompt")
 class Data:
     """Recipe section ``data``."""
 
-    train: Path = key(
-        REQUIRED, "JSONL of {image, mask, prompt} rows to train on; paths relative to the file."
-    )
+    train: Path = key(REQUIRED, "JSONL of {image, mask, prompt} rows to train on; paths relative to the file.")
     heldout: Path = key(REQUIRED, "JSONL of rows that are never trained on, for evaluation.")
     size: int = key(512, "Side of the square images in pixels.", at_least=16)
     batch: int = key(8, "Triples per iteration, over all ranks.", at_least=1)
@@ -67,9 +65,7 @@ def _parse_row(line: str, folder: Path, source: str) -> Triple:
     except json.JSONDecodeError as error:
         raise InputError(f"{source}: not valid JSON ({error}).") from None
     if not isinstance(row, dict):
-        raise InputError(
-            f"{source}: found {type(row).__name__}, expected an object with {', '.join(COLUMNS)}."
-        )
+        raise InputError(f"{source}: found {type(row).__name__}, expected an object with {', '.join(COLUMNS)}.")
     for column in COLUMNS:
         if not isinstance(row.get(column), str):
             raise InputError(f"{source}: {column!r} must be a string, found {row.get(column)!r}.")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from ds_inpaint.errors import InputError, RewardsUnavailable
+from ds_inpaint.errors import DsInpaintError, InputError, RewardsUnavailable
 
 START_SECONDS = 120
 """How long the server may take to say that it serves; most of it goes into importing torch."""
@@ -18,7 +18,7 @@ START_SECONDS = 120
 STOP_SECONDS = 15
 """How long it may take to finish its requests when it is told to stop."""
 
-STDERR_LINES = 20
+LOG_LINES_SHOWN = 20
 """How much of the server's log goes into the message when it cannot start."""
 
 
@@ -26,7 +26,7 @@ class EmbeddedServer:
     """``python -m reward_servers SCORERS`` as a child process, on the CPU and a free port.
 
         with EmbeddedServer(["seam"], Path("runs/a/rewards.log")) as server:
-            ... server.address ...
+            client = RewardClient.connect(rewards, [server.address])
 
     The child stops when its stdin closes, which the operating system sees to even if this process is killed.
     """
@@ -42,8 +42,8 @@ class EmbeddedServer:
         """Start the server and wait until it serves.
 
         Raises:
-            InputError: it has no such scorer.
-            RewardsUnavailable: it ended otherwise, or said nothing for ``START_SECONDS``; the end of its log says why.
+            InputError: there is no such scorer.
+            RewardsUnavailable: it ended for another reason, or said nothing for ``START_SECONDS``.
         """
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with self._log_path.open("ab") as log:
@@ -54,22 +54,14 @@ class EmbeddedServer:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=_environment(),
-                start_new_session=True,  # Ctrl-C must not stop it while the trainer still wants its last scores
+                start_new_session=True,  # Ctrl-C is for the trainer, which may want its last scores
             )
         assert self.process.stdout is not None
         readable, _, _ = select.select([self.process.stdout], [], [], START_SECONDS)
         line = self.process.stdout.readline().decode() if readable else ""
         if not line.startswith("serving "):
             self.stop()
-            tail = (
-                self._log_path.read_bytes()[log_start:].decode(errors="replace").splitlines()[-STDERR_LINES:]
-            )
-            failure = InputError if self.process.returncode == InputError.exit_code else RewardsUnavailable
-            raise failure(
-                f"The embedded reward server for {', '.join(self._scorers)} did not start "
-                f"(exit code {self.process.returncode}). The end of its log, {self._log_path}:\n"
-                + "\n".join(tail)
-            )
+            raise self._failure(self._log_path.read_bytes()[log_start:].decode(errors="replace"))
         self.address = line.removeprefix("serving ").strip()
         return self
 
@@ -90,6 +82,16 @@ class EmbeddedServer:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
+
+    def _failure(self, log: str) -> DsInpaintError:
+        """Why the server did not start, in the words of its log."""
+        code = self.process.returncode
+        kind = InputError if code == InputError.exit_code else RewardsUnavailable
+        end = "\n".join(log.splitlines()[-LOG_LINES_SHOWN:])
+        return kind(
+            f"The embedded reward server for {', '.join(self._scorers)} did not start (exit code {code}). "
+            f"The end of its log, {self._log_path}:\n{end}"
+        )
 
 
 def _environment() -> dict[str, str]:

@@ -6,11 +6,13 @@ when forwards and backwards are interleaved in the wrong order, so ``Engine`` re
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -57,9 +59,7 @@ class EngineSection:
         False,
         "ZeRO-3: keep weights gathered until the next update; for slow links, if a GPU can hold them all.",
     )
-    reduce_bucket: int = key(
-        250_000_000, "Gradient elements per message between ranks; fewer save memory.", at_least=1
-    )
+    reduce_bucket: int = key(250_000_000, "Gradient elements per message between ranks; fewer save memory.", at_least=1)
     prefetch_bucket: int = key(
         350_000_000,
         "ZeRO-3: weight elements gathered ahead; at least those of the largest block.",
@@ -84,8 +84,9 @@ def setup(section: EngineSection) -> Ranks:
     Raises:
         InputError: a launcher set only some of the variables, or there are more ranks than GPUs.
     """
-    # INFO and WARNING of DeepSpeed tell developers of DeepSpeed something; failures still raise.
+    # Advice to DeepSpeed's own developers, on every rank and step; what fails still raises.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     _complete_environment()
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
@@ -123,9 +124,7 @@ def _complete_environment() -> None:
     os.environ.update(zip(names, ("0", "0", "1", "127.0.0.1", str(port)), strict=True))
 
 
-def deepspeed_config(
-    section: EngineSection, device: torch.device, leaf_classes: Sequence[str]
-) -> dict[str, Any]:
+def deepspeed_config(section: EngineSection, device: torch.device, leaf_classes: Sequence[str]) -> dict[str, Any]:
     """DeepSpeed's own configuration; no other place knows its keys.
 
     Args:
@@ -210,15 +209,16 @@ class Engine:
         plain = build_optimizer(optimizer, trained, ranks.device)
         if section.zero_stage == 0:
             clip_and_skip(plain, section.max_grad_norm)
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=plain,
-            lr_scheduler=lambda plain: torch.optim.lr_scheduler.LambdaLR(
-                plain, lambda step: learning_rate_factor(optimizer, step, total_steps)
-            ),
-            config=deepspeed_config(section, ranks.device, leaf_classes),
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # ZeRO-1 prints how much memory it takes.
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=plain,
+                lr_scheduler=lambda plain: torch.optim.lr_scheduler.LambdaLR(
+                    plain, lambda step: learning_rate_factor(optimizer, step, total_steps)
+                ),
+                config=deepspeed_config(section, ranks.device, leaf_classes),
+                dist_init_required=False,
+            )
         self._trained = trained
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
@@ -235,9 +235,7 @@ class Engine:
             )
         wants_grad = torch.is_grad_enabled()
         if wants_grad and self._swapped:
-            raise RuntimeError(
-                "A weight slot is not trained: call the engine under torch.no_grad() in weights()."
-            )
+            raise RuntimeError("A weight slot is not trained: call the engine under torch.no_grad() in weights().")
         output = self._deepspeed(*args, **inputs)
         self._pending = wants_grad
         return output
@@ -254,9 +252,7 @@ class Engine:
             RuntimeError: no forward waits for a backward.
         """
         if not self._pending:
-            raise RuntimeError(
-                "backward() without a forward before it: call the engine with gradients first."
-            )
+            raise RuntimeError("backward() without a forward before it: call the engine with gradients first.")
         # DeepSpeed averages over the ranks; the contract here is a sum.
         self._deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
         self._pending = False
@@ -362,7 +358,8 @@ class Engine:
         target = folder / tag
         self.ranks.stop_together(self._problem_of(target))
         own = torch.load(target / f"rank{self.ranks.rank}.pt", weights_only=True)
-        self._deepspeed.load_checkpoint(str(folder), tag)
+        with redirect_stdout(io.StringIO()):
+            self._deepspeed.load_checkpoint(str(folder), tag)
         for file in sorted(target.glob(self._slot_file(target, "*").name)):
             shards = load_file(file, device=str(self.ranks.device))
             self._slots[file.name.split(".")[1]] = [shards[str(i)] for i in range(len(shards))]
@@ -412,8 +409,8 @@ class Engine:
         file = target / f"rank{self.ranks.rank}.pt"
         if not file.exists():
             return InputError(
-                f"There is no complete checkpoint in {target}: {file.name} is missing. Give the folder of a "
-                f"run that has saved one, and start as many ranks as it had."
+                f"{target} holds no checkpoint for {self.ranks.world_size} ranks. Give the folder of a run that "
+                f"has saved one, and start as many ranks as it had."
             )
         found = torch.load(file, weights_only=True)["layout"]
         if found != self._layout():

@@ -24,12 +24,8 @@ from ds_inpaint.values import Triple
 class Evaluation:
     """Recipe section ``evaluation``."""
 
-    every: int = key(
-        10, "Iterations between evaluations; before the first and after the last always.", at_least=1
-    )
-    samples: int = key(
-        64, "Held-out samples, one per triple, going round if there are fewer triples.", at_least=2
-    )
+    every: int = key(10, "Iterations between evaluations; before the first and after the last always.", at_least=1)
+    samples: int = key(64, "Held-out samples, one per triple, going round if there are fewer triples.", at_least=2)
     pictures: int = key(6, "How many of them are drawn into the picture of each evaluation.", at_least=1)
 
 
@@ -135,8 +131,7 @@ def draw_before_after(folder: Path, path: Path, last: int, rows: Sequence[Triple
     names = sorted(tile.name for tile in (folder / f"{last:06d}").iterdir())
     masked, originals = _inputs(rows[: len(names)], size)
     before, after = (
-        torch.stack([read_png(folder / f"{iteration:06d}" / name) for name in names])
-        for iteration in (0, last)
+        torch.stack([read_png(folder / f"{iteration:06d}" / name) for name in names]) for iteration in (0, last)
     )
     write_grid(path, [("masked", masked), ("before", before), ("after", after), ("original", originals)])
 

@@ -91,18 +91,19 @@ def found(node: Node) -> str:
 def cure(kind: Any, node: Node, bounds: Bounds) -> str:
     """What to write instead, where that can be told, as sentences with a space before each."""
     kinds, value, written = alternatives(kind), node.value, node.written
+    scalar = written and value is not None
+    bracketed = f" Put it in brackets: [{written}]." if scalar and list in map(shape, kinds) else ""
     if isinstance(value, str):
         choices = [*(bounds.choices or ()), *(choice for each in kinds for choice in _literals(each))]
         number = _number(written, float in kinds) if {int, float} & set(kinds) else None
         as_number = f" YAML reads {written} as text: write {number} without quotes." if number else ""
-        return as_number + did_you_mean(value, [choice for choice in choices if isinstance(choice, str)])
+        close = did_you_mean(value, [choice for choice in choices if isinstance(choice, str)])
+        return as_number + close or bracketed
     if isinstance(value, int | float) and {str, Path} & set(kinds):
         return f" Put it in quotes: {written!r}."
     if isinstance(value, float) and value.is_integer() and int in kinds:
         return f" Write {value:.0f}."
-    if list in map(shape, kinds) and not isinstance(value, list):
-        return " Put it in brackets: [...]."
-    return ""
+    return bracketed
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
@@ -127,15 +128,15 @@ def _expected_one(kind: Any, bounds: Bounds) -> str:
     if kind not in WORDS:
         raise TypeError(f"{kind} is not a type that a recipe key can have")
     limits = {
-        "of at least": bounds.at_least,
+        "at least": bounds.at_least,
         "above": bounds.above,
-        "of at most": bounds.at_most,
+        "at most": bounds.at_most,
         "below": bounds.below,
     }
-    told = [
-        f"{words} {limit}" for words, limit in limits.items() if limit is not None and kind in (int, float)
-    ]
-    return " ".join([WORDS[kind], " and ".join(told)]).rstrip()
+    told = [f"{words} {limit}" for words, limit in limits.items() if limit is not None]
+    if not told or kind not in (int, float):
+        return WORDS[kind]
+    return f"{WORDS[kind]} {'of ' if told[0].startswith('at') else ''}{' and '.join(told)}"
 
 
 def _literals(kind: Any) -> tuple[object, ...]:

@@ -17,9 +17,7 @@ from ds_inpaint.keys import key
 class OptimizerSection:
     """Section ``optimizer`` of a recipe."""
 
-    name: str = key(
-        "adamw", "Update rule; sgd is without momentum and meant for tests.", choices=("adamw", "sgd")
-    )
+    name: str = key("adamw", "Update rule; sgd is without momentum and meant for tests.", choices=("adamw", "sgd"))
     learning_rate: float = key(1e-5, "Learning rate after warm-up.", above=0)
     beta1: float = key(0.9, "AdamW: decay of the average gradient.", at_least=0, below=1)
     beta2: float = key(0.999, "AdamW: decay of the average squared gradient.", at_least=0, below=1)
@@ -71,9 +69,7 @@ def clip_and_skip(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
 
     def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.get_total_norm(
-            [parameter.grad for parameter in trained if parameter.grad is not None]
-        )
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
         optimizer._global_grad_norm = norm
         optimizer.overflow = not norm.isfinite().item()
         if optimizer.overflow:

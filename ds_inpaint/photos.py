@@ -43,6 +43,7 @@ MASK_AREA = (0.1, 0.4)
 """Smallest and largest part of a crop that a mask may cover."""
 
 ROWS_PER_PHOTO: dict[Split, int] = {"train": 32, "heldout": 8}
+SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
 
 
 @dataclass(frozen=True)
@@ -123,30 +124,26 @@ PHOTOS = (
 )
 
 
+Box = tuple[float, float, float, float]
+"""A rectangle (left, top, right, bottom) in pixels of a photograph as shipped."""
+
+
 @dataclass(frozen=True)
 class Region:
-    """One split's side of one photograph at one scale.
-
-    ``pixels_HW3`` is uint8; ``left`` is the region's first column in the photograph as shipped, and
-    ``scale`` the number of region pixels per photograph pixel.
-    """
+    """One split's side of one photograph at one scale: uint8 pixels, and the rectangle that they show."""
 
     photo: Photo
     pixels_HW3: NDArray[np.uint8]
-    left: int
-    scale: float
+    box: Box
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A crop of ``SIDE`` x ``SIDE`` uint8 pixels.
-
-    ``box`` is the rectangle (left, top, right, bottom) that it shows, in pixels of the photograph as shipped.
-    """
+    """``SIDE`` x ``SIDE`` uint8 pixels of a region, and the rectangle that they show."""
 
     photo: Photo
     pixels_HW3: NDArray[np.uint8]
-    box: tuple[float, float, float, float]
+    box: Box
 
 
 def split_columns(photo: Photo, width: int, split: Split) -> tuple[int, int]:
@@ -168,16 +165,16 @@ def load_regions(split: Split) -> list[Region]:
         from skimage.transform import resize
     except ImportError as error:
         raise InputError(
-            "ds_inpaint.photos cuts its dataset from the photographs in scikit-image, which is not installed: "
-            "run `pip install ds_inpaint[demo]`."
+            "ds_inpaint.photos: the dataset is cut from the photographs in scikit-image, which is not "
+            "installed; run `pip install ds_inpaint[demo]`."
         ) from error
     folder = Path(skimage.__file__).parent / "data"
     regions = []
     for photo in PHOTOS:
         if not (folder / photo.file).is_file():
             raise InputError(
-                f"scikit-image {skimage.__version__} has no {photo.file} in {folder}: it was packaged without "
-                "its photographs. Install the wheel with `pip install --force-reinstall scikit-image`."
+                f"ds_inpaint.photos: {folder} has no {photo.file}, so this scikit-image was packaged without "
+                "its photographs; install its wheel with `pip install --force-reinstall scikit-image`."
             )
         photo_HW3 = imread(folder / photo.file)
         height, width = photo_HW3.shape[:2]
@@ -186,7 +183,8 @@ def load_regions(split: Split) -> list[Region]:
             scale = scaled_width / width
             shape = (round(height * scale), round((right - left) * scale))
             scaled_HW3 = resize(photo_HW3[:, left:right], shape, anti_aliasing=True)
-            regions.append(Region(photo, np.round(scaled_HW3 * 255).astype(np.uint8), left, scale))
+            pixels_HW3 = np.round(scaled_HW3 * 255).astype(np.uint8)
+            regions.append(Region(photo, pixels_HW3, (left, 0, right, height)))
     return regions
 
 
@@ -194,11 +192,13 @@ def random_crop(region: Region, random: np.random.Generator) -> Crop:
     """Cut one crop at a uniformly drawn place of the region."""
     height, width = region.pixels_HW3.shape[:2]
     top, left = int(random.integers(height - SIDE + 1)), int(random.integers(width - SIDE + 1))
+    first, above, last, below = region.box
+    across, down = (last - first) / width, (below - above) / height
     box = (
-        region.left + left / region.scale,
-        top / region.scale,
-        region.left + (left + SIDE) / region.scale,
-        (top + SIDE) / region.scale,
+        first + left * across,
+        above + top * down,
+        first + (left + SIDE) * across,
+        above + (top + SIDE) * down,
     )
     return Crop(region.photo, region.pixels_HW3[top : top + SIDE, left : left + SIDE], box)
 
@@ -234,21 +234,21 @@ def _stroke(area: float, random: np.random.Generator) -> NDArray[np.bool_]:
         hole_HW |= (rows - position[0]) ** 2 + (columns - position[1]) ** 2 <= radius**2
         heading += random.normal(0, 0.35)
         position = position + radius / 4 * np.array([math.sin(heading), math.cos(heading)])
-        if not (0 <= position.min() and position.max() < SIDE):
+        if position.min() < 0 or position.max() >= SIDE:
             position = position.clip(0, SIDE - 1)
             heading = random.uniform(0, 2 * math.pi)
     return hole_HW
 
 
-def draw_crops(split: Split) -> list[Crop]:
-    """Draw the crops of a split's dataset, photograph by photograph; equal calls give equal crops."""
-    random = np.random.default_rng([0, ROWS_PER_PHOTO[split]])
+def draw_crops(split: Split, random: np.random.Generator) -> list[Crop]:
+    """Draw the crops of a split's dataset: photograph by photograph, the scales in turn."""
     regions = load_regions(split)
-    crops = []
-    for first in range(0, len(regions), len(PHOTO_WIDTHS)):
-        for number in range(ROWS_PER_PHOTO[split]):
-            crops.append(random_crop(regions[first + number % len(PHOTO_WIDTHS)], random))
-    return crops
+    scales = len(PHOTO_WIDTHS)
+    return [
+        random_crop(regions[first + number % scales], random)
+        for first in range(0, len(regions), scales)
+        for number in range(ROWS_PER_PHOTO[split])
+    ]
 
 
 def write_dataset(folder: Path) -> list[Path]:
@@ -259,27 +259,31 @@ def write_dataset(folder: Path) -> list[Path]:
 
 
 def _write_split(folder: Path, split: Split) -> Path:
+    random = np.random.default_rng(SEEDS[split])
     rows = []
-    for number, crop in enumerate(draw_crops(split)):
-        row_id = f"{split}-{crop.photo.name}-{number % ROWS_PER_PHOTO[split]:02d}"
-        hole_HW = random_mask(np.random.default_rng([1, ROWS_PER_PHOTO[split], number]))
+    for position, crop in enumerate(draw_crops(split, random)):
+        number = position % ROWS_PER_PHOTO[split]
+        row_id = f"{split}-{crop.photo.name}-{number:02d}"
+        # The scales come in turn, so the captions must turn more slowly to meet every scale.
+        caption = crop.photo.captions[number // len(PHOTO_WIDTHS) % len(crop.photo.captions)]
         row = {
             "id": row_id,
             "image": f"images/{row_id}.png",
             "mask": f"masks/{row_id}.png",
-            "prompt": crop.photo.captions[number % len(crop.photo.captions)],
+            "prompt": caption,
         }
+        hole_1HW = torch.from_numpy(random_mask(random)).unsqueeze(0)
         write_png(folder / row["image"], torch.from_numpy(crop.pixels_HW3.copy()).movedim(-1, 0))
-        write_png(folder / row["mask"], torch.from_numpy(hole_HW).byte().unsqueeze(0) * 255)
-        rows.append(json.dumps(row))
+        write_png(folder / row["mask"], hole_1HW.byte() * 255)
+        rows.append(json.dumps(row) + "\n")
     path = folder / f"{split}.jsonl"
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    path.write_text("".join(rows), encoding="utf-8")
     return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m ds_inpaint.photos", description="Write the demo dataset.")
+    parser = argparse.ArgumentParser("python -m ds_inpaint.photos", description="Write the demo dataset.")
     parser.add_argument("out", type=Path, help="folder to write, made if missing")
     folder = parser.parse_args(arguments).out
     try:

@@ -30,9 +30,7 @@ class Run:
 class Checkpoint:
     """Section ``checkpoint``."""
 
-    every: int = key(
-        50, "Iterations between checkpoints; 0 writes one only when the run must stop.", at_least=0
-    )
+    every: int = key(50, "Iterations between checkpoints; 0 writes one only when the run must stop.", at_least=0)
     keep: int = key(2, "Newest checkpoints that are kept.", at_least=1)
 
 
@@ -41,11 +39,11 @@ class Recipe:
     """A whole recipe; sections in the order the data flows."""
 
     run: Run
-    data: Data
-    rewards: Rewards
     model: Any = door("ds_inpaint.models", "Model family and weights.")
+    data: Data = key(REQUIRED, "Datasets.")
     sampler: Any = door("ds_inpaint.samplers", "How rollouts and evaluations go from noise to image.")
     algorithm: Any = door("ds_inpaint.algorithms", "What is learned from.")
+    rewards: Rewards = key(REQUIRED, "What is rewarded, and where it is scored.")
     optimizer: OptimizerSection = key(OptimizerSection, "Update rule.")
     engine: EngineSection = key(EngineSection, "How the model fits the machines.")
     evaluation: Evaluation = key(Evaluation, "Held-out evaluation.")

@@ -45,9 +45,7 @@ class Items:
         """An upper bound of what one of the items takes in a request."""
         pixels = sum(tensor[0].numel() for tensor in self.tensors.values())
         strings = zip(self.prompts, self.sample_ids, self.group_ids, strict=True)
-        return (
-            pixels + max(sum(len(text.encode()) for text in texts) for texts in strings) + ITEM_OVERHEAD_BYTES
-        )
+        return pixels + max(sum(len(text.encode()) for text in texts) for texts in strings) + ITEM_OVERHEAD_BYTES
 
     def rows(self, start: int, stop: int) -> Items:
         """The items from ``start`` up to but not including ``stop``."""
@@ -102,8 +100,7 @@ def agree(scorers: Sequence[str], infos: Mapping[str, reward_pb2.GetServerInfoRe
                 close = difflib.get_close_matches(name, offered, n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise InputError(
-                    f"rewards.scorers: server {address} does not offer {name!r}.{hint} "
-                    f"It offers {', '.join(offered)}."
+                    f"rewards.scorers: server {address} does not offer {name!r}.{hint} It offers {', '.join(offered)}."
                 )
             scorer = offered[name]
             if fingerprints.setdefault(name, scorer.fingerprint) != scorer.fingerprint:
@@ -168,7 +165,6 @@ def read_response(
         if weights[result.scorer] != 0:
             valid_N &= ok_N
         messages += [
-            f"{sample_ids[i]}: {result.scorer}: {result.messages[i]}"
-            for i in (~ok_N).nonzero().flatten().tolist()
+            f"{sample_ids[i]}: {result.scorer}: {result.messages[i]}" for i in (~ok_N).nonzero().flatten().tolist()
         ]
     return Scores(values, components, valid_N, tuple(messages))

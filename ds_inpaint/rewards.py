@@ -8,21 +8,19 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal
 
 import grpc
 import torch
 from ds_inpaint_protos.reward.v1 import reward_pb2, reward_pb2_grpc
 from torch import Tensor
 
-from ds_inpaint.embedded_server import EmbeddedServer
-from ds_inpaint.errors import InputError, RewardsUnavailable
-from ds_inpaint.keys import REQUIRED, key
+from ds_inpaint.errors import RewardsUnavailable
+from ds_inpaint.keys import REQUIRED, Impossible, key
 from ds_inpaint.reward_wire import Items, Offer, agree, read_response, write_request
 from ds_inpaint.scores import Scores, concatenate
 
@@ -35,16 +33,20 @@ REQUESTS_IN_FLIGHT = 4
 
 MAX_RESPONSE_BYTES = 256 << 20
 
+REASONS_TOLD = 5
+"""How many of the reasons for missing scores an error repeats."""
+
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
 
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # A server that comes back is used within a second; the default waits up to two minutes.
+    # A server that comes back is used within a second; by default it may take two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # In spite of its name also the time that one attempt to connect may take.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
 )
 
 
@@ -55,7 +57,7 @@ class Rewards:
     scorers: dict[str, float] = key(
         REQUIRED, "Weight of each scorer in the reward; a scorer of weight 0 is only tracked."
     )
-    servers: str | list[str] = key(
+    servers: Literal["embedded"] | list[str] = key(
         EMBEDDED, "'embedded' starts a server on this machine's CPU; otherwise a list of HOST:PORT."
     )
     timeout_seconds: float = key(60.0, "Deadline of one request; raise it for slow scorers.", above=0)
@@ -69,30 +71,11 @@ class Rewards:
     def __post_init__(self) -> None:
         """Check what spans several keys, or several values of one."""
         if not any(self.scorers.values()):
-            raise InputError(f"rewards.scorers needs a scorer of weight other than 0, found {self.scorers}.")
-        addresses = [] if self.servers == EMBEDDED else self.servers
-        if isinstance(addresses, str) or any(":" not in address for address in addresses):
-            raise InputError(
-                f"rewards.servers must be 'embedded' or a list of HOST:PORT, found {self.servers!r}."
-            )
-        if self.servers == []:
-            raise InputError("rewards.servers is an empty list: name a HOST:PORT, or write 'embedded'.")
-
-
-@contextmanager
-def reward_addresses(rewards: Rewards, log_path: Path) -> Iterator[list[str]]:
-    """The servers' addresses; an embedded server runs inside the context and logs to ``log_path``.
-
-    Enter it in one process of a run only, and tell the others the addresses.
-
-    Raises:
-        RewardsUnavailable: the embedded server did not start.
-    """
-    if isinstance(rewards.servers, list):
-        yield rewards.servers
-        return
-    with EmbeddedServer(list(rewards.scorers), log_path) as server:
-        yield [server.address]
+            raise Impossible("scorers", f"found {self.scorers}; at least one scorer must have a weight other than 0.")
+        if self.servers == EMBEDDED:
+            return
+        if not self.servers or any(":" not in address for address in self.servers):
+            raise Impossible("servers", f"found {self.servers}; name at least one HOST:PORT, or write embedded.")
 
 
 @dataclass(frozen=True)
@@ -111,6 +94,10 @@ class Pending:
 
 class RewardClient:
     """A connection to reward servers, for use by the process and the thread that made it.
+
+        with RewardClient.connect(rewards, ["127.0.0.1:50051"]) as client:
+            pending = client.submit(...)
+            scores = client.collect(pending)
 
     Requests go to the servers in turn, and to the next one when a server cannot answer. Make it after the
     last fork of this process: a forked copy of a gRPC channel hangs.
@@ -136,6 +123,21 @@ class RewardClient:
         """
         infos = {address: _ask(address, rewards) for address in addresses}
         return cls(rewards, addresses, agree(list(rewards.scorers), infos))
+
+    def __enter__(self) -> RewardClient:
+        """The client itself; leaving the context closes it."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """See ``close``."""
+        self.close()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Scorer name to its weight in the combined reward."""
+        return self._rewards.scorers
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -167,9 +169,7 @@ class RewardClient:
             group_ids: equal for samples of the same image, mask and prompt.
         """
         if os.getpid() != self._pid:
-            raise RuntimeError(
-                "A RewardClient was used in a fork of the process that made it, where it hangs."
-            )
+            raise RuntimeError("A RewardClient was used in a fork of the process that made it, where it hangs.")
         batches = {
             "decoded_images": raw_NHWC,
             "pasted_images": pasted_NHWC,
@@ -183,9 +183,7 @@ class RewardClient:
         items = Items(needed, prompts, sample_ids, group_ids)
         size = self._offer.items_per_request(items)
         starts = range(0, len(sample_ids), size)
-        return Pending(
-            tuple(self._pool.submit(self._score, items.rows(start, start + size)) for start in starts)
-        )
+        return Pending(tuple(self._pool.submit(self._score, items.rows(start, start + size)) for start in starts))
 
     def collect(self, pending: Pending) -> Scores:
         """Wait for the scores of what was submitted, in its order.
@@ -194,6 +192,21 @@ class RewardClient:
             RewardsUnavailable: a request found no server within the retry budget, or was refused.
         """
         return concatenate([part.result() for part in pending.parts])
+
+    def require_enough_valid(self, scores: Scores) -> None:
+        """Check the scores of a whole iteration, the same on every rank.
+
+        Raises:
+            RewardsUnavailable: a larger part of the samples lacks a score than the recipe puts up with.
+        """
+        invalid = int((~scores.valid_N).sum()) / len(scores.valid_N)
+        if invalid > self._rewards.max_invalid_fraction:
+            reasons = "\n".join(f"  {message}" for message in scores.messages[:REASONS_TOLD])
+            raise RewardsUnavailable(
+                f"{invalid:.0%} of {len(scores.valid_N)} samples have no valid score; "
+                f"rewards.max_invalid_fraction allows {self._rewards.max_invalid_fraction:.0%}. The first "
+                f"reasons:\n{reasons}\nMend the scorer or the data, then run the same command to go on."
+            )
 
     def close(self) -> None:
         """Give up requests under way and close the connections."""
@@ -233,9 +246,7 @@ def _ask(address: str, rewards: Rewards) -> reward_pb2.GetServerInfoResponse:
     """What one server offers, waiting for it within the retry budget."""
     endpoint = _open(address)
     with endpoint.channel:
-        _, info = _call(
-            [endpoint], _info_method, reward_pb2.GetServerInfoRequest(), rewards, threading.Event()
-        )
+        _, info = _call([endpoint], _info_method, reward_pb2.GetServerInfoRequest(), rewards, threading.Event())
     return info
 
 
@@ -279,14 +290,14 @@ def _pause_seconds(error: grpc.RpcError, rounds: int) -> float | None:
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
         return min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**rounds)
     # A busy server says when to come back; without that the message is too large, today and tomorrow.
-    pushback = dict(error.trailing_metadata() or ()).get("grpc-retry-pushback-ms")
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and pushback is not None:
-        return 2 * int(pushback) / 1000
+    pushback_ms = int(dict(error.trailing_metadata() or ()).get("grpc-retry-pushback-ms", -1))
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and pushback_ms >= 0:
+        return 2 * pushback_ms / 1000  # jitter halves it at most
     return None
 
 
 def _reason(error: grpc.RpcError) -> str:
-    return f"{error.code().name}: {error.details()}"
+    return f"{error.code().name}: {(error.details() or 'no details').rstrip('.')}"
 
 
 def _refused(endpoint: _Endpoint, error: grpc.RpcError) -> str:

@@ -15,7 +15,7 @@ from ds_inpaint.distributed import Ranks
 from ds_inpaint.noise import sample_noise
 from ds_inpaint.pixels import paste_known, to_bytes
 from ds_inpaint.rewards import RewardClient
-from ds_inpaint.scores import Scores
+from ds_inpaint.scores import Scores, concatenate, in_sample_order
 from ds_inpaint.values import Batch, Condition, Policy, Schedule, Triple
 
 
@@ -123,9 +123,9 @@ class Rollout:
         generated = time.perf_counter()
         with self.ranks.together():
             scores = [rewards.collect(ticket) for ticket in tickets]
-        local = Scores.concatenate(scores)
-        everyone = self.ranks.gather((samples, local))
-        total = Scores.in_order([numbers for numbers, _ in everyone], [part for _, part in everyone])
+        everyone = self.ranks.gather((samples, concatenate(scores)))
+        numbers = [number for part, _ in everyone for number in part]
+        total = in_sample_order(numbers, concatenate([part for _, part in everyone]))
         rewards.require_enough_valid(total)
         finished = time.perf_counter()
         seconds = {"seconds/rollout": generated - started, "seconds/rewards": finished - generated}

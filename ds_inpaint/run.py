@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-
 from ds_inpaint.engine import setup
 from ds_inpaint.errors import DsInpaintError
 from ds_inpaint.recipe import load_recipe

@@ -69,7 +69,23 @@ def load(path: Path, overrides: Sequence[str], cls: type[T]) -> Loaded[T]:
 
 def dump(recipe: object) -> str:
     """YAML of a recipe, defaults included, in the order of its fields; it loads to an equal recipe."""
-    return yaml_tree.write(_plain(recipe))
+    return yaml_tree.write(plain(recipe))
+
+
+def plain(value: Any) -> Any:
+    """A recipe, or part of it, as nested dicts, lists and scalars; ``name`` first in what a door chose."""
+    if is_dataclass(value):
+        entries = {}
+        for name, field in _fields(type(value)).items():
+            inner = getattr(value, name)
+            chosen = {"name": type(inner).__module__.rpartition(".")[2]} if "door" in field.metadata else {}
+            entries[name] = {**chosen, **plain(inner)} if chosen else plain(inner)
+        return entries
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 @dataclass(frozen=True)
@@ -118,6 +134,8 @@ class _Building:
                 self.refuse(node.where, inner, f"unknown key. {allowed}{did_you_mean(name, fields)}")
             elif "door" in fields[name].metadata:
                 values[name] = self.door(fields[name], node, inner)
+            elif is_section(kinds[name]):
+                values[name] = self.section(kinds[name], node, inner)
             else:
                 declared = fields[name].metadata
                 key = _Key(inner, kinds[name], declared["doc"], declared["bounds"])
@@ -125,14 +143,14 @@ class _Building:
         return values
 
     def absent(self, cls: type, entries: dict[str, Node], where: str, path: str) -> dict[str, Any]:
-        """The sections that the recipe leaves out; other keys left out are required or have a default."""
+        """The sections that the recipe leaves out; other keys left out have a default, or are asked for."""
         kinds = get_type_hints(cls)
         values: dict[str, Any] = {}
         for name, field in _fields(cls).items():
             if name in entries:
                 continue
-            if is_section(field.default_factory):
-                values[name] = self.section(field.default_factory, Node({}, where), dotted(path, name))
+            if is_section(kinds[name]) and field.default is MISSING:
+                values[name] = self.section(kinds[name], Node({}, where), dotted(path, name))
             elif field.default is field.default_factory is MISSING:
                 self.refuse(where, dotted(path, name), f"missing. {_allowed(field, kinds[name])}")
         return values
@@ -146,9 +164,7 @@ class _Building:
         package, name = field.metadata["door"], node.value["name"]
         if name.value not in _choices(package):
             close = did_you_mean(name.written, _choices(package))
-            self.refuse(
-                name.where, dotted(path, "name"), f"found {found(name)}.{close} {_allowed(field, None)}"
-            )
+            self.refuse(name.where, dotted(path, "name"), f"found {found(name)}.{close} {_allowed(field, None)}")
             return None
         cls = _class_named_like(import_module(f"{package}.{name.value}"))
         if cls is None:
@@ -227,9 +243,7 @@ def _allowed(field: dataclasses.Field[Any], kind: Any) -> str:
     declared = field.metadata
     if "door" in declared:
         package = declared["door"]
-        allowed = (
-            f"a section whose `name` is a file of {package.replace('.', '/')}: {', '.join(_choices(package))}"
-        )
+        allowed = f"a section whose `name` is a file of {package.replace('.', '/')}: {', '.join(_choices(package))}"
     else:
         allowed = expected(kind, declared["bounds"])
     return f"Give {allowed}. Meaning: {declared['doc']}"
@@ -253,18 +267,3 @@ def _nearest(places: Mapping[str, str], path: str) -> str:
     while path not in places:
         path = path.rpartition(".")[0]
     return places[path]
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        plain = {}
-        for name, field in _fields(type(value)).items():
-            inner = getattr(value, name)
-            chosen = {"name": type(inner).__module__.rpartition(".")[2]} if "door" in field.metadata else {}
-            plain[name] = {**chosen, **_plain(inner)} if chosen else _plain(inner)
-        return plain
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else value

@@ -30,6 +30,20 @@ class Scores:
         terms = [weight * self.values[name] for name, weight in weights.items() if weight != 0]
         return torch.where(self.valid_N, torch.stack(terms).sum(0), torch.nan)
 
+    def means(self) -> dict[str, float]:
+        """Mean of each scorer as ``reward/SCORER`` and of each component as ``component/SCORER/NAME``."""
+        scorers = {f"reward/{name}": float(values.nanmean()) for name, values in self.values.items()}
+        return scorers | {f"component/{name}": float(values.nanmean()) for name, values in self.components.items()}
+
+    def rows(self, index_N: Tensor) -> Scores:
+        """Some samples, in the given order; the messages stay whole."""
+        return Scores(
+            {name: values[index_N] for name, values in self.values.items()},
+            {name: values[index_N] for name, values in self.components.items()},
+            self.valid_N[index_N],
+            self.messages,
+        )
+
 
 def concatenate(parts: Sequence[Scores]) -> Scores:
     """The scores of consecutive samples as one; every part is of the same scorers."""
@@ -39,3 +53,9 @@ def concatenate(parts: Sequence[Scores]) -> Scores:
         torch.cat([part.valid_N for part in parts]),
         tuple(message for part in parts for message in part.messages),
     )
+
+
+def in_sample_order(numbers: Sequence[int], scores: Scores) -> Scores:
+    """The scores of samples 0 to N - 1, given in any order as ``numbers``; a repeated sample counts once."""
+    place = {number: index for index, number in enumerate(numbers)}
+    return scores.rows(torch.tensor([place[number] for number in range(len(place))]))

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import wandb
 from tqdm import tqdm
@@ -21,10 +21,9 @@ BAR_METRICS = {"reward": "reward/mean", "loss": "loss", "ratio": "ratio/mean"}
 class Tracking:
     """Recipe section ``tracking``."""
 
-    wandb: str = key(
+    wandb: Literal["online", "offline", "disabled"] = key(
         "disabled",
         "Weights & Biases: `online`, `offline` (needs no account; upload later with `wandb sync`) or `disabled`.",
-        choices=("online", "offline", "disabled"),
     )
     project: str = key("ds_inpaint", "Weights & Biases project.")
 
@@ -74,16 +73,9 @@ class Tracker:
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self._bar.update(int(metrics["iteration"]) - self._bar.n)
-        self._bar.set_postfix(
-            {label: f"{metrics[name]:.4g}" for label, name in BAR_METRICS.items() if name in metrics}
-        )
+        self._bar.set_postfix({label: f"{metrics[name]:.4g}" for label, name in BAR_METRICS.items() if name in metrics})
         if self._wandb is not None:
             self._wandb.log(row, step=int(metrics["iteration"]))
-
-    def say(self, message: str) -> None:
-        """Print a line above the progress bar."""
-        if self._speaks:
-            tqdm.write(message)
 
     def __enter__(self) -> Tracker:
         return self

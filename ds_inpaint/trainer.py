@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ds_inpaint.data import read_rows, rows_of_iteration
 from ds_inpaint.distributed import Ranks
+from ds_inpaint.embedded_server import EmbeddedServer
 from ds_inpaint.engine import Engine
 from ds_inpaint.errors import InputError, RewardsUnavailable
 from ds_inpaint.heldout import draw_before_after, evaluate, mean_and_error, read_rewards
 from ds_inpaint.plots import draw_reward_curve
 from ds_inpaint.recipe import Recipe
-from ds_inpaint.rewards import EmbeddedServer, RewardClient, Rewards
+from ds_inpaint.rewards import EMBEDDED, RewardClient, Rewards
 from ds_inpaint.rollout import Rollout
 from ds_inpaint.schema import plain
 from ds_inpaint.tracking import Tracker, read_metrics
@@ -45,35 +46,33 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         stack.callback(engine.close)
         run = TrainingRun(recipe, folder, ranks, rewards, policy, engine, train_rows, heldout_rows)
         done = run.resume()
-        tracker = stack.enter_context(
-            Tracker(
-                recipe.tracking,
-                folder,
-                recipe.run.name,
-                done,
-                recipe.run.iterations,
-                plain(recipe),
-                ranks.is_main,
-            )
-        )
-        run.go(done, tracker)
-        run.finish(tracker)
+        with Tracker(
+            recipe.tracking,
+            folder,
+            recipe.run.name,
+            done,
+            recipe.run.iterations,
+            plain(recipe),
+            ranks.is_main,
+        ) as tracker:
+            run.go(done, tracker)
+        run.finish()
 
 
 def _connect(recipe: Rewards, folder: Path, ranks: Ranks, stack: ExitStack) -> RewardClient:
     """A client of the recipe's servers; ``embedded`` starts one server per machine."""
-    if recipe.servers != "embedded":
-        addresses = recipe.servers
+    if recipe.servers != EMBEDDED:
+        addresses = list(recipe.servers)
     else:
         own = None
         with ranks.together():
             if ranks.local_rank == 0:
-                own = stack.enter_context(EmbeddedServer(recipe, folder / "reward_server.log")).address
-        started = dict(pair for pair in ranks.gather((socket.gethostname(), own)) if pair[1])
+                server = EmbeddedServer(list(recipe.scorers), folder / "reward_server.log")
+                own = stack.enter_context(server).address
+        started = {host: address for host, address in ranks.gather((socket.gethostname(), own)) if address}
         addresses = [started[socket.gethostname()]]
     with ranks.together():
-        client = RewardClient.connect(recipe, addresses)
-    return client
+        return RewardClient.connect(recipe, addresses)
 
 
 def _build(recipe: Recipe, ranks: Ranks) -> tuple[Policy, Engine]:
@@ -158,9 +157,7 @@ class TrainingRun:
             tracker.log({"iteration": 0, **self.evaluate(0)})
         for iteration in range(done, self.recipe.run.iterations):
             started = time.perf_counter()
-            batch = rows_of_iteration(
-                self.train_rows, iteration, self.recipe.data.batch, self.recipe.run.seed
-            )
+            batch = rows_of_iteration(self.train_rows, iteration, self.recipe.data.batch, self.recipe.run.seed)
             try:
                 experiences = self.recipe.algorithm.collect(batch, iteration, self.rollout, self.rewards)
             except (RewardsUnavailable, InputError):
@@ -174,7 +171,7 @@ class TrainingRun:
     def update(self, experiences: Experiences, first: bool) -> dict[str, float]:
         """Take the optimizer steps of one iteration; on the very first, the doctor looks before the step."""
         started = time.perf_counter()
-        totals = []
+        totals: list[dict[str, float]] = []
         for micro_batches in experiences.updates:
             self.ranks.agree("update", micro_batches=len(micro_batches))
             meter = Meter()
@@ -233,22 +230,20 @@ class TrainingRun:
             for old in sorted(self.checkpoints.glob("[0-9]*"))[: -self.recipe.checkpoint.keep]:
                 shutil.rmtree(old)
 
-    def finish(self, tracker: Tracker) -> None:
+    def finish(self) -> None:
         """Export the model, draw the pictures and say what was reached and where it lies."""
         weights = self.engine.state_dict()
         if weights is None:
             return
         self.policy.export(weights, self.folder / "export")
         total, samples = self.recipe.run.iterations, self.folder / "samples"
-        draw_before_after(
-            samples, self.folder / "before_after.png", total, self.heldout_rows, self.recipe.data.size
-        )
+        draw_before_after(samples, self.folder / "before_after.png", total, self.heldout_rows, self.recipe.data.size)
         draw_reward_curve(
             self.folder / "reward_curve.png",
             read_metrics(self.folder / "metrics.jsonl"),
             self.recipe.run.name,
         )
-        tracker.say(self.report(read_rewards(samples, 0), read_rewards(samples, total)))
+        print(self.report(read_rewards(samples, 0), read_rewards(samples, total)), flush=True)
 
     def report(self, before_N: Tensor, after_N: Tensor) -> str:
         """The last words of a run; the gain is a paired difference over the same triples and noise."""

@@ -9,11 +9,11 @@ Lower case n is the part of N in one micro-batch. Sample i belongs to triple i /
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,9 +67,7 @@ class Condition:
     @staticmethod
     def concatenate(parts: Sequence[Condition]) -> Condition:
         """Conditions of consecutive triples, joined."""
-        return Condition(
-            {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
-        )
+        return Condition({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
 
 
 class Schedule(Protocol):
@@ -110,12 +108,24 @@ class Sampler(Protocol):
         ...
 
 
+class Denoiser(Protocol):
+    """The network under training, as a policy calls it: the engine that wraps it."""
+
+    def __call__(self, *inputs: Tensor, **named: object) -> Any:
+        """The network's forward."""
+        ...
+
+    def weights(self, slot: str) -> AbstractContextManager[None]:
+        """A context in which the network computes with other weights."""
+        ...
+
+
 class Policy(Protocol):
     """An inpainting model under training, as every algorithm sees it; one class per model family."""
 
     process: DiscreteDiffusion
     """The diffusion maths that the denoiser speaks."""
-    denoiser: Callable[..., object]
+    denoiser: Denoiser
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape (C, h, w) of the latents of one image of that many pixels."""
@@ -135,6 +145,10 @@ class Policy(Protocol):
 
     def as_reference(self) -> AbstractContextManager[None]:
         """A context in which ``predict`` answers for the frozen reference weights."""
+        ...
+
+    def export(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """Write a folder that stock diffusers loads, with these weights in the denoiser."""
         ...
 
 

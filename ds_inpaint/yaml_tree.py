@@ -119,8 +119,7 @@ class _Converter:
         else:
             self._refuse_tag(node, f"{TAG}seq", where, path)
             value = [
-                self.node(item, self.where(item.start_mark.line), f"{path}[{i}]")
-                for i, item in enumerate(node.value)
+                self.node(item, self.where(item.start_mark.line), f"{path}[{i}]") for i, item in enumerate(node.value)
             ]
         self.open.remove(id(node))
         return Node(value, where)

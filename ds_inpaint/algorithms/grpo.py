@@ -115,9 +115,7 @@ class GRPO:
             counted = advantages.weights_N[update :: self.updates_per_rollout].sum()
             updates.append(
                 [
-                    self._trained_step(
-                        chunk, column, step, rollout, advantages, counted * len(steps), references
-                    )
+                    self._trained_step(chunk, column, step, rollout, advantages, counted * len(steps), references)
                     for chunk in chunks
                     for column, step in enumerate(steps)
                 ]

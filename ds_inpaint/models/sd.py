@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ds_inpaint.errors import InputError
 from ds_inpaint.keys import REQUIRED, key
 from ds_inpaint.pixels import blank_holes, to_model_range
-from ds_inpaint.values import Batch, Condition, DiscreteDiffusion
+from ds_inpaint.values import Batch, Condition, Denoiser, DiscreteDiffusion
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -33,9 +33,7 @@ class SD:
     """The blocks whose parameters ZeRO-3 gathers as one."""
 
     path: str = key(REQUIRED, "diffusers folder, or the name of a model on the Hugging Face hub.")
-    revision: str | None = key(
-        None, "Commit or tag of a hub model; pin it for a run that must be repeatable."
-    )
+    revision: str | None = key(None, "Commit or tag of a hub model; pin it for a run that must be repeatable.")
     guidance: float = key(
         7.5, "Classifier-free guidance w in rollout, training and sampling alike; 1 is off.", at_least=1
     )
@@ -80,11 +78,12 @@ class SD:
         else:
             # ZeRO-3 leaf blocks need positional calls, which diffusers makes only on this path.
             unet.enable_gradient_checkpointing(_call)
-        policy = SDPolicy(
+        text = text.to(device).eval().requires_grad_(False)
+        return SDPolicy(
             denoiser=unet,
             unet_config=unet.config,
             vae=vae.to(device).eval().requires_grad_(False),
-            text_encoder=text.to(device).eval().requires_grad_(False),
+            text_encoder=text,
             tokenizer=tokenizer,
             scheduler=scheduler,
             process=DiscreteDiffusion(
@@ -93,9 +92,8 @@ class SD:
                 float(scheduler.final_alpha_cumprod),
             ),
             guidance=self.guidance,
-            negative_text_1LD=None,
+            negative_text_1LD=encode_text(tokenizer, text, (self.negative_prompt,)),
         )
-        return replace(policy, negative_text_1LD=policy.encode_text((self.negative_prompt,)))
 
     def _check_parts(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> None:
         if unet.config.in_channels != 9:
@@ -109,27 +107,28 @@ class SD:
             )
 
 
+@torch.no_grad()
+def encode_text(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Sequence[str]) -> Tensor:
+    """CLIP hidden states [B, 77, D]; longer prompts are truncated as in the published pipeline."""
+    tokens = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    return text_encoder(tokens.input_ids.to(text_encoder.device)).last_hidden_state
+
+
 def _call(block: Callable[..., Tensor], *inputs: object) -> Tensor:
     return block(*inputs)
-
-
-class Denoiser(Protocol):
-    """The UNet, bare or wrapped in a training engine."""
-
-    def __call__(self, *inputs: Tensor, **named: object) -> object:
-        """Predict noise."""
-        ...
-
-    def weights(self, slot: str) -> AbstractContextManager[None]:
-        """Other weights for a while; engines only."""
-        ...
 
 
 @dataclass(frozen=True)
 class SDPolicy:
     """A loaded Stable Diffusion 1.5 inpainting model; see ``values.Policy`` for the contract."""
 
-    denoiser: nn.Module | Denoiser
+    denoiser: Denoiser
     unet_config: Mapping[str, Any]
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
@@ -137,7 +136,7 @@ class SDPolicy:
     scheduler: DDIMScheduler
     process: DiscreteDiffusion
     guidance: float
-    negative_text_1LD: Tensor | None
+    negative_text_1LD: Tensor
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(4, height / 8, width / 8) for the published model.
@@ -155,18 +154,6 @@ class SDPolicy:
         return self.vae.config.latent_channels, height // shrink, width // shrink
 
     @torch.no_grad()
-    def encode_text(self, prompts: tuple[str, ...]) -> Tensor:
-        """CLIP hidden states [B, 77, D]; longer prompts are truncated as in the published pipeline."""
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return self.text_encoder(tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
-
-    @torch.no_grad()
     def encode(self, batch: Batch) -> Condition:
         """Text states, hole on the latent grid, and the latents of the image with its hole blanked.
 
@@ -179,7 +166,7 @@ class SDPolicy:
         hole_B1hw = functional.interpolate(holes_B1HW.float(), size=masked_latents_BChw.shape[-2:])
         return Condition(
             {
-                "text": self.encode_text(batch.prompts),
+                "text": encode_text(self.tokenizer, self.text_encoder, batch.prompts),
                 "hole": hole_B1hw,
                 "masked_latents": masked_latents_BChw * self.vae.config.scaling_factor,
             }

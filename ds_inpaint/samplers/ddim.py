@@ -17,9 +17,7 @@ from ds_inpaint.values import DiscreteDiffusion
 class DDIM:
     """Recipe section ``sampler: {name: ddim}``."""
 
-    steps: int = key(
-        50, "Sampler steps T from noise to image; cost is proportional to it.", at_least=1, at_most=500
-    )
+    steps: int = key(50, "Sampler steps T from noise to image; cost is proportional to it.", at_least=1, at_most=500)
     eta: float = key(
         1.0,
         "Share of the DDPM noise drawn at each step: 1 explores, 0 is deterministic.",

@@ -1,0 +1,113 @@
+"""What a scorer is: the values it takes and gives.
+
+The file ``reward_servers/scorers/NAME.py`` is the scorer NAME. It defines a frozen dataclass ``Scorer`` whose
+fields are its settings, each with a default, with a class attribute ``info`` and a method ``score``. Nothing
+else has to change to add one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Need(StrEnum):
+    """What a scorer may ask for; the values are the fields of a request."""
+
+    DECODED_IMAGES = "decoded_images"
+    PASTED_IMAGES = "pasted_images"
+    MASKS = "masks"
+    REFERENCE_IMAGES = "reference_images"
+    PROMPTS = "prompts"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """N items to score. Only what the scorer needs is sure to be there."""
+
+    tensors: Mapping[Need, Tensor]
+    """Images and masks, float32 [N, C, H, W]; read them through the properties."""
+    prompts: Sequence[str] = ()
+
+    @property
+    def decoded_NCHW(self) -> Tensor:
+        """What the model generated, known region included; RGB in [0, 1]."""
+        return self.tensors[Need.DECODED_IMAGES]
+
+    @property
+    def pasted_NCHW(self) -> Tensor:
+        """The generated pixels inside the mask and the original ones elsewhere; RGB in [0, 1]."""
+        return self.tensors[Need.PASTED_IMAGES]
+
+    @property
+    def masks_N1HW(self) -> Tensor:
+        """1 for a pixel to fill, 0 for a known one."""
+        return self.tensors[Need.MASKS]
+
+    @property
+    def references_NCHW(self) -> Tensor:
+        """The original images; RGB in [0, 1]."""
+        return self.tensors[Need.REFERENCE_IMAGES]
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(next(iter(self.tensors.values())))
+
+    def item(self, index: int) -> Inputs:
+        """The batch of one that holds item ``index``."""
+        rows = slice(index, index + 1)
+        return Inputs({need: tensor[rows] for need, tensor in self.tensors.items()}, self.prompts[rows])
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of N items."""
+
+    scores_N: Tensor
+    """Higher is better; anything where the item is invalid."""
+    components: Mapping[str, Tensor] = field(default_factory=dict)
+    """Quantities [N] computed on the way, for tracking."""
+    invalid: Mapping[int, str] = field(default_factory=dict)
+    """Items for which the score is not defined, each with the reason as a phrase."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a client should know about a scorer."""
+
+    description: str
+    needs: tuple[Need, ...]
+    typical: tuple[float, float]
+    """Range in which the scores of ordinary images lie."""
+    licence: str
+    """Of the code and of the weights, if there are any."""
+    components: tuple[str, ...] = ()
+    """Names of the quantities in ``Scored.components``."""
+
+
+class Scorer(Protocol):
+    """The contract of the class ``Scorer`` in a scorer's file."""
+
+    @property
+    def info(self) -> Info:
+        """A class attribute in practice."""
+        ...
+
+    def score(self, inputs: Inputs) -> Scored:
+        """Score a batch; the score of an item depends on that item alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A scorer ready to serve."""
+
+    name: str
+    fingerprint: str
+    """sha256 over the scorer's name, settings and code."""
+    scorer: Scorer

@@ -1,0 +1,380 @@
+"""One rank of the engine tests: runs every check once and leaves what it measured for test_engine.py.
+
+python tests/engine_worker.py FOLDER      (as one of two ranks, or alone when RANK is not set)
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_inpaint.distributed import Ranks
+from ds_inpaint.engine import Engine, EngineSection, StepInfo, setup
+from ds_inpaint.errors import DsInpaintError, InputError, PlanMismatch, RewardsUnavailable
+from ds_inpaint.optimizer import OptimizerSection
+
+SGD = OptimizerSection(name="sgd", learning_rate=0.5, weight_decay=0.0)
+ADAMW = OptimizerSection(learning_rate=0.05, schedule="cosine", warmup_steps=2)
+STANDING_STILL = replace(SGD, learning_rate=1e-12)
+FP32 = EngineSection(precision="fp32", max_grad_norm=0.0)
+SECTIONS = {
+    "zero0": replace(FP32, zero_stage=0),
+    "zero1": replace(FP32, zero_stage=1),
+    "zero2": replace(FP32, zero_stage=2),
+    "zero3": FP32,
+    "zero3_gather_once": replace(FP32, gather_once=True),
+    "zero1_bf16": replace(FP32, zero_stage=1, precision="bf16"),
+    "zero2_bf16": replace(FP32, zero_stage=2, precision="bf16"),
+    "zero3_bf16": replace(FP32, precision="bf16"),
+}
+SAMPLES = 16
+MICRO_BATCHES = 4
+LARGE, SMALL_ONES = 1024, 64
+"""In bf16, 1024 + 1 is 1024."""
+SD_BLOCKS = ("diffusers.models.resnet.ResnetBlock2D", "diffusers.models.attention.BasicTransformerBlock")
+
+
+class Net(nn.Module):
+    """Odd sizes, so that shards need padding; one frozen layer and one buffer."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = nn.Sequential(nn.Linear(5, 13), nn.Tanh(), nn.Linear(13, 13), nn.Tanh())
+        self.frozen = nn.Linear(13, 11).requires_grad_(False)
+        self.head = nn.Linear(11, 3)
+        self.register_buffer("scale", torch.tensor([1.0, 2.0, 0.5]))
+
+    def forward(self, inputs_NC: Tensor) -> Tensor:
+        outputs = self.head(self.frozen(self.body(inputs_NC.to(self.head.weight.dtype))))
+        return outputs.float() * self.scale
+
+
+def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs [N, 5] and targets [N, 3] over all ranks."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(SAMPLES, 5, generator=draw), torch.randn(SAMPLES, 3, generator=draw)
+
+
+def start(section: EngineSection, optimizer: OptimizerSection, ranks: Ranks, seed: int = 0) -> Engine:
+    return Engine(Net(seed), section, optimizer, ranks, total_steps=8)
+
+
+def accumulate(engine: Engine, seed: int = 0) -> float:
+    """Forward and backward over this rank's share of a batch; returns its loss."""
+    ranks, (inputs, targets) = engine.ranks, batch(seed)
+    own = slice(ranks.rank, None, ranks.world_size)
+    losses = []
+    micro_batches = zip(inputs[own].chunk(MICRO_BATCHES), targets[own].chunk(MICRO_BATCHES), strict=True)
+    for inputs_NC, targets_NC in micro_batches:
+        losses.append((engine(inputs_NC) - targets_NC).square().sum() / targets.numel())
+        engine.backward(losses[-1])
+    return torch.stack(losses).sum().item()
+
+
+@torch.no_grad()
+def outputs(engine: Engine) -> Tensor:
+    return engine(batch()[0])
+
+
+def message(kind: type[Exception], call: Callable[[], Any]) -> str:
+    """What the error says that a call must raise."""
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def same(one: dict[str, Tensor] | None, other: dict[str, Tensor] | None) -> bool:
+    """Bitwise equality of what state_dict() gave; true on the ranks that get nothing."""
+    if one is None or other is None:
+        return one is other
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def relative_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    difference = torch.cat([(found[name] - wanted[name]).double().flatten() for name in wanted])
+    return (difference.norm() / torch.cat([each.double().flatten() for each in wanted.values()]).norm()).item()
+
+
+def check_control(ranks: Ranks) -> dict[str, Any]:
+    """Everything in distributed.py, with ranks that disagree and ranks that fail."""
+
+    def together(error: DsInpaintError, failing: int) -> None:
+        with ranks.together():
+            if ranks.rank == failing:
+                raise error
+
+    ranks.agree("rollout", forwards=5)
+    ranks.stop_together(None)
+    together(InputError("no rank has this number"), failing=-1)
+    ranks.barrier()
+    own = torch.tensor([1.0, ranks.rank])
+    return {
+        "gather": ranks.gather(("from", ranks.rank)),
+        "broadcast": ranks.broadcast(ranks.rank + 7),
+        "sum": ranks.sum(own),
+        "max": ranks.max(own),
+        "mismatch": message(PlanMismatch, lambda: ranks.agree("rollout", forwards=5 + ranks.rank)),
+        "one_failed": message(RewardsUnavailable, lambda: together(RewardsUnavailable("No scorer."), 1)),
+        "all_failed": message(InputError, lambda: ranks.stop_together(InputError("No recipe."))),
+    }
+
+
+def check_update(section: EngineSection, ranks: Ranks) -> dict[str, Any]:
+    """One SGD update from accumulated micro-batches, against plain PyTorch on the whole batch."""
+    plain = Net()
+    before = plain.state_dict()
+    inputs, targets = batch()
+    (plain(inputs) - targets).square().mean().backward()
+    gradient = {name: each.grad for name, each in plain.named_parameters() if each.grad is not None}
+    norm = torch.cat([each.flatten() for each in gradient.values()]).norm().item()
+    found: dict[str, Any] = {"norm": norm}
+    for case, max_norm in {"free": 0.0, "clipped": norm / 4}.items():
+        engine = start(replace(section, max_grad_norm=max_norm), SGD, ranks)
+        found["own_elements"] = sum(shard.numel() for shard in engine._shards())
+        found["all_elements"] = sum(each.numel() for each in gradient.values())
+        accumulate(engine)
+        found[f"{case}_step"] = engine.step()
+        after = engine.state_dict()
+        engine.close()
+        if after is not None:
+            scale = 0.25 if max_norm else 1.0
+            moved = {name: (before[name] - after[name]) / (0.5 * scale) for name in gradient}
+            found[f"{case}_error"] = relative_error(moved, gradient)
+            found["same_keys"] = list(after) == list(before)
+            found["rest_untouched"] = all(torch.equal(after[k], before[k]) for k in before.keys() - gradient)
+    return found
+
+
+def check_guards(section: EngineSection, ranks: Ranks) -> dict[str, str]:
+    """The orders of calls that would train on something else than was asked for."""
+    engine = start(section, SGD, ranks)
+    inputs = batch()[0]
+    found = {
+        "backward_first": message(RuntimeError, lambda: engine.backward(torch.ones((), requires_grad=True))),
+        "step_first": message(RuntimeError, engine.step),
+        "unknown_slot": message(RuntimeError, lambda: engine.weights("nothing").__enter__()),
+    }
+    engine.save_slot("start")
+    with engine.weights("start"), torch.enable_grad():
+        found["train_slot"] = message(RuntimeError, lambda: engine(inputs))
+        found["nested_slot"] = message(RuntimeError, lambda: engine.weights("start").__enter__())
+    loss = engine(inputs).square().mean()
+    found["forward_forward"] = message(RuntimeError, lambda: engine(inputs))
+    found["forward_rollout"] = message(RuntimeError, lambda: outputs(engine))
+    found["forward_step"] = message(RuntimeError, engine.step)
+    found["forward_slot"] = message(RuntimeError, lambda: engine.weights("start").__enter__())
+    engine.backward(loss)
+    found["rollout_after_backward"] = message(RuntimeError, lambda: outputs(engine))
+    found["step"] = message(RuntimeError, engine.step)
+    engine.close()
+    return found
+
+
+def check_slots(section: EngineSection, ranks: Ranks) -> dict[str, bool]:
+    """A slot answers as the old policy did, and leaves no trace in the new one."""
+    engine = start(section, ADAMW, ranks)
+    accumulate(engine)
+    engine.step()
+    old_outputs, old_weights = outputs(engine), engine.state_dict()
+    engine.save_slot("old")
+    accumulate(engine, seed=1)
+    engine.step()
+    new_outputs, new_weights = outputs(engine), engine.state_dict()
+    found = {"trained": not torch.equal(old_outputs, new_outputs)}
+    with engine.weights("old"):
+        found["old_outputs"] = torch.equal(outputs(engine), old_outputs)
+        found["old_weights"] = same(engine.state_dict(), old_weights)
+    found["new_outputs"] = torch.equal(outputs(engine), new_outputs)
+    try:
+        with engine.weights("old"):
+            raise ValueError
+    except ValueError:
+        found["new_weights_after_error"] = same(engine.state_dict(), new_weights)
+    found["grad_mode_restored"] = torch.is_grad_enabled()
+    engine.close()
+    return found
+
+
+def check_resume(section: EngineSection, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Two updates, a checkpoint and two more; then the last two again from the checkpoint."""
+
+    def two_updates(engine: Engine, first: int) -> list[tuple[float, StepInfo]]:
+        return [(accumulate(engine, seed), engine.step()) for seed in (first, first + 1)]
+
+    engine = start(section, ADAMW, ranks)
+    engine.save_slot("start")
+    with engine.weights("start"):
+        start_outputs = outputs(engine)
+    first = two_updates(engine, 0)
+    engine.save(folder, "000002", {"iterations": 2, "draws": torch.arange(2) + ranks.rank})
+    second = two_updates(engine, 2)
+    end = engine.state_dict()
+    engine.close()
+
+    engine = start(section, ADAMW, ranks, seed=1)
+    state = engine.load(folder)
+    again = two_updates(engine, 2)
+    found = {
+        "losses": [loss for loss, _ in first + second],
+        "rates": [step.learning_rate for _, step in first + second],
+        "state": state,
+        "same_updates": again == second,
+        "same_weights": same(engine.state_dict(), end),
+    }
+    with engine.weights("start"):
+        found["same_slot"] = torch.equal(outputs(engine), start_outputs)
+    engine.close()
+    return found
+
+
+def check_refusals(ranks: Ranks, folder: Path) -> dict[str, str]:
+    """Checkpoints that cannot be continued."""
+    engine = start(FP32, SGD, ranks)
+    found = {
+        "no_folder": message(InputError, lambda: engine.load(folder / "nowhere")),
+        "other_stage": message(InputError, lambda: engine.load(folder / "zero2")),
+    }
+    engine.close()
+    return found
+
+
+def check_not_finite(section: EngineSection, ranks: Ranks) -> dict[str, Any]:
+    """One rank's loss is not finite: nobody moves, and the next update is like the first."""
+    engine = start(section, ADAMW, ranks)
+    before = engine.state_dict()
+    loss = engine(batch()[0]).square().mean()
+    engine.backward(loss * float("nan") if ranks.rank == 1 else loss)
+    skipped = engine.step()
+    found = {"skipped": skipped, "untouched": same(engine.state_dict(), before)}
+    accumulate(engine)
+    found["next"] = engine.step()
+    after = engine.state_dict()
+    engine.close()
+    engine = start(section, ADAMW, ranks)
+    accumulate(engine)
+    found["undisturbed"] = engine.step() == found["next"] and same(engine.state_dict(), after)
+    engine.close()
+    return found
+
+
+def check_many_micro_batches(section: EngineSection, ranks: Ranks) -> float:
+    """Gradient of one large and many small micro-batches, in units of a small one."""
+    torch.manual_seed(0)
+    engine = Engine(nn.Linear(3, 1), section, STANDING_STILL, ranks, total_steps=2)
+    inputs = torch.randn(1, 3).bfloat16()
+
+    def norm(weights: list[int]) -> float:
+        for weight in weights:
+            engine.backward(engine(inputs).float().sum() * weight / ranks.world_size)
+        return engine.step().grad_norm
+
+    ratio = norm([LARGE, *[1] * SMALL_ONES]) / norm([1])
+    engine.close()
+    return ratio
+
+
+def tiny_unet() -> nn.Module:
+    """The inpainting UNet of SD 1.5 in miniature."""
+    from diffusers import UNet2DConditionModel  # slow, and a single process does not need it
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=9,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+
+
+def check_unet(ranks: Ranks) -> dict[str, dict[str, float]]:
+    """Rollout and SGD update with the blocks as ZeRO-3 leaves, recomputing activations and not."""
+    torch.manual_seed(1)
+    latents, text = torch.randn(4, 9, 8, 8), torch.randn(4, 5, 8)
+    times, targets = torch.tensor([1.0, 9.0, 300.0, 999.0]), torch.randn(4, 4, 8, 8)
+    plain, unet = tiny_unet(), tiny_unet()
+    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=SGD.learning_rate)
+    engine = Engine(unet, FP32, SGD, ranks, total_steps=2, leaf_classes=SD_BLOCKS)
+    found: dict[str, dict[str, float]] = {}
+    for case in ("recomputed", "kept"):
+        before = {name: each.detach().clone() for name, each in plain.named_parameters()}
+        plain_optimizer.zero_grad()
+        wanted = plain(latents, times, text).sample
+        (wanted - targets).square().mean().backward()
+        plain_optimizer.step()
+
+        if case == "recomputed":
+            unet.enable_gradient_checkpointing()
+        else:
+            unet.enable_gradient_checkpointing(lambda block, *inputs: block(*inputs))
+        with torch.no_grad():
+            rolled_out = engine(latents, times, text, return_dict=False)[0]
+        for row in (2 * ranks.rank, 2 * ranks.rank + 1):
+            one = slice(row, row + 1)
+            prediction = engine(latents[one], times[one], text[one], return_dict=False)[0]
+            engine.backward((prediction - targets[one]).square().sum() / targets.numel())
+        engine.step()
+        after = engine.state_dict()
+        found[case] = {"rollout_error": relative_error({"": rolled_out}, {"": wanted})}
+        if after is not None:
+            moved = {name: after[name] - before[name] for name in before}
+            wanted_move = {name: each.detach() - before[name] for name, each in plain.named_parameters()}
+            found[case]["update_error"] = relative_error(moved, wanted_move)
+    engine.close()
+    return found
+
+
+def check_all(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    fp32 = {name: section for name, section in SECTIONS.items() if section.precision == "fp32"}
+    bf16 = {name: section for name, section in SECTIONS.items() if section.precision == "bf16"}
+    return {
+        "control": check_control(ranks),
+        "update": {name: check_update(section, ranks) for name, section in fp32.items()},
+        "guards": {name: check_guards(SECTIONS[name], ranks) for name in ("zero0", "zero3")},
+        "slots": {name: check_slots(section, ranks) for name, section in SECTIONS.items()},
+        "resume": {name: check_resume(section, ranks, folder / name) for name, section in SECTIONS.items()},
+        "refusals": check_refusals(ranks, folder),
+        "not_finite": {name: check_not_finite(section, ranks) for name, section in SECTIONS.items()},
+        "many_micro_batches": {name: check_many_micro_batches(section, ranks) for name, section in bf16.items()},
+        "unet": check_unet(ranks),
+    }
+
+
+def check_one_process(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    return {
+        "ranks": (ranks.rank, ranks.world_size, ranks.local_rank),
+        "gather": ranks.gather("alone"),
+        "sum": ranks.sum(torch.tensor([3.0])),
+        "failure": message(InputError, lambda: ranks.stop_together(InputError("No recipe."))),
+        "update": check_update(FP32, ranks),
+        "resume": check_resume(FP32, ranks, folder),
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    ranks = setup(FP32)
+    # DeepSpeed collects garbage for every engine, which is slow with its half a million lasting objects.
+    start(SECTIONS["zero1"], SGD, ranks).close()
+    gc.freeze()
+    checks = check_one_process if ranks.world_size == 1 else check_all
+    torch.save(checks(ranks, folder), folder / f"found{ranks.rank}.pt")
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,80 @@
+"""The DDIM sampler and its Gaussian against diffusers and torch.distributions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch.distributions import Independent, Normal, kl_divergence
+
+from ds_inpaint.gaussian import Transition
+from ds_inpaint.samplers.ddim import DDIM
+from ds_inpaint.values import DiscreteDiffusion
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def process(scheduler):
+    return DiscreteDiffusion(scheduler.alphas_cumprod, 1, float(scheduler.final_alpha_cumprod))
+
+
+@pytest.mark.parametrize("steps", [1, 10, 30, 50])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_each_step_is_the_one_of_diffusers(scheduler, process, steps, eta):
+    schedule = DDIM(steps, eta).schedule(process)
+    scheduler.set_timesteps(steps)
+    assert schedule.times_T.tolist() == scheduler.timesteps.tolist()
+    torch.manual_seed(0)
+    latents, prediction, noise = torch.randn(3, 2, 4, 8, 8)
+    for step, time in enumerate(scheduler.timesteps):
+        expected = scheduler.step(prediction, time, latents, eta=eta, variance_noise=noise).prev_sample
+        ours = schedule.transition(prediction, latents, step).sample(noise)
+        torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_published_timesteps(process):
+    assert DDIM(50).schedule(process).times_T.tolist() == [float(t) for t in range(981, 0, -20)]
+
+
+def test_only_noisy_steps_but_the_last_are_trainable():
+    assert DDIM(4, 1.0).trainable_steps == (0, 1, 2)
+    assert DDIM(4, 0.0).trainable_steps == ()
+
+
+def test_log_prob_is_the_mean_over_dimensions_of_torch_distributions():
+    torch.manual_seed(0)
+    mean, following = torch.randn(2, 3, 4, 8, 8)
+    expected = Independent(Normal(mean, 0.3), 3).log_prob(following) / (4 * 8 * 8)
+    torch.testing.assert_close(Transition(mean, 0.3).log_prob_N(following), expected)
+
+
+def test_divergence_is_the_one_of_torch_distributions():
+    torch.manual_seed(0)
+    mean, other = torch.randn(2, 3, 4, 8, 8)
+    expected = kl_divergence(Normal(mean, 0.3), Normal(other, 0.3)).flatten(1).mean(1)
+    torch.testing.assert_close(Transition(mean, 0.3).divergence_N(other), expected)
+
+
+def test_an_exact_denoiser_samples_the_data_distribution(process):
+    """x0 ~ N(0, s^2) has eps = x sqrt(1 - ab) / (ab s^2 + 1 - ab), so a run is a recursion of variances."""
+    data_std = 0.5
+    schedule = DDIM(500, 1.0).schedule(process)
+    variance = 1.0
+    for step in range(500):
+        a, std = schedule.alpha_from_T[step], schedule.std(step)
+        one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        eps = one * (1 - a) ** 0.5 / (a * data_std**2 + 1 - a)
+        scale = float(schedule.transition(eps, one, step).mean_NCHW)
+        variance = scale**2 * variance + std**2
+    assert variance**0.5 == pytest.approx(data_std, rel=0.02)

@@ -1,0 +1,206 @@
+"""The engine on two real ranks: engine_worker.py does the work once, these tests look at what it found."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine_worker import FP32, LARGE, SD_BLOCKS, SECTIONS, SMALL_ONES
+
+from ds_inpaint.engine import EngineSection, deepspeed_config, setup
+from ds_inpaint.errors import InputError
+from ds_inpaint.keys import Impossible
+from ds_inpaint.models.sd import SD
+from ds_inpaint.optimizer import OptimizerSection, learning_rate_factor
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+FP32_NAMES = [name for name, section in SECTIONS.items() if section.precision == "fp32"]
+BF16_NAMES = [name for name, section in SECTIONS.items() if section.precision == "bf16"]
+
+
+def run_workers(folder, world_size):
+    """What each rank found; PATH is empty, so nothing can be compiled, and nothing may be printed."""
+    (folder / "no_compiler").mkdir()
+    bare = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    bare |= {"PATH": str(folder / "no_compiler"), "TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
+    bare |= {"OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+    bare["PYTHONPATH"] = str(Path(__file__).parents[1])
+    if world_size > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            bare |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        bare["WORLD_SIZE"] = str(world_size)
+    command = [sys.executable, Path(__file__).with_name("engine_worker.py"), folder]
+    workers = []
+    for rank in range(world_size):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
+        output = (folder / f"output{rank}").open("w")
+        workers.append(subprocess.Popen(command, env=bare | own, stdout=output, stderr=subprocess.STDOUT))
+    try:
+        codes = [worker.wait(timeout=300) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    outputs = [(folder / f"output{rank}").read_text() for rank in range(world_size)]
+    assert codes == [0] * world_size, "\n".join(outputs)
+    assert outputs == [""] * world_size
+    assert not (folder / "compiled").exists()
+    return [torch.load(folder / f"found{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return run_workers(tmp_path_factory.mktemp("two_ranks"), world_size=2)
+
+
+def test_control_plane(found):
+    for rank in found:
+        control = rank["control"]
+        assert control["gather"] == [("from", 0), ("from", 1)]
+        assert control["broadcast"] == 7
+        assert control["sum"].tolist() == [2.0, 1.0]
+        assert control["max"].tolist() == [1.0, 1.0]
+        assert "rank 0: rollout with forwards=5; rank 1: rollout with forwards=6" in control["mismatch"]
+        assert control["one_failed"] == "Rank 1: No scorer."
+        assert control["all_failed"] == "No recipe."
+
+
+@pytest.mark.parametrize("name", FP32_NAMES)
+def test_accumulated_update_equals_plain_pytorch_on_the_whole_batch(found, name):
+    update = found[0]["update"][name]
+    assert update["free_error"] < 1e-6
+    assert update["clipped_error"] < 1e-5
+    assert update["same_keys"]
+    assert update["rest_untouched"]
+    for rank in found:
+        for case in ("free_step", "clipped_step"):
+            step = rank["update"][name][case]
+            assert step.applied
+            assert step.grad_norm == pytest.approx(update["norm"], rel=1e-6)
+            assert step.learning_rate == 0.5
+
+
+@pytest.mark.parametrize("name", FP32_NAMES)
+def test_only_zero3_divides_the_weights(found, name):
+    for rank in found:
+        update = rank["update"][name]
+        share = update["own_elements"] / update["all_elements"]
+        assert share == pytest.approx(0.5, abs=0.02) if name.startswith("zero3") else share == 1
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero3"])
+def test_wrong_orders_of_calls_are_refused(found, name):
+    for rank in found:
+        guards = rank["guards"][name]
+        assert "waits for its backward" in guards["forward_forward"]
+        assert guards["forward_rollout"] == guards["forward_forward"]
+        assert "step() while a forward waits" in guards["forward_step"]
+        assert "weights() while a forward waits" in guards["forward_slot"]
+        assert "without a forward" in guards["backward_first"]
+        assert "without a backward" in guards["step_first"]
+        assert "no weight slot 'nothing'" in guards["unknown_slot"]
+        assert "not trained" in guards["train_slot"]
+        assert "within weights()" in guards["nested_slot"]
+        assert guards["rollout_after_backward"] == guards["step"] == "nothing was raised"
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_slot_swaps_in_and_out_bit_for_bit(found, name):
+    for rank in found:
+        assert all(rank["slots"][name].values()), rank["slots"][name]
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(found, name):
+    for number, rank in enumerate(found):
+        resume = rank["resume"][name]
+        assert resume["same_updates"]
+        assert resume["same_weights"]
+        assert resume["same_slot"]
+        assert resume["state"]["iterations"] == 2
+        assert resume["state"]["draws"].tolist() == [number, number + 1]
+        assert len(set(resume["losses"])) == 4
+        assert resume["rates"] == pytest.approx([0.025, 0.05, 0.05, 0.05 * (1 + math.cos(math.pi / 6)) / 2])
+
+
+def test_checkpoints_that_do_not_fit_are_refused(found):
+    for rank in found:
+        assert "holds no checkpoint for 2 ranks" in rank["refusals"]["no_folder"]
+        assert "'zero_stage': 2" in rank["refusals"]["other_stage"]
+        assert "'zero_stage': 3" in rank["refusals"]["other_stage"]
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_not_finite_loss_of_one_rank_skips_the_update_of_all(found, name):
+    for rank in found:
+        case = rank["not_finite"][name]
+        assert not case["skipped"].applied
+        assert not math.isfinite(case["skipped"].grad_norm)
+        assert case["untouched"]
+        assert case["next"].applied
+        assert case["undisturbed"]
+
+
+@pytest.mark.parametrize("name", BF16_NAMES)
+def test_bf16_gradients_are_summed_in_fp32(found, name):
+    tolerance = 0.005 if name == "zero1_bf16" else 1e-6  # ZeRO-1 sends the sum in bf16
+    assert found[0]["many_micro_batches"][name] == pytest.approx(LARGE + SMALL_ONES, rel=tolerance)
+
+
+@pytest.mark.parametrize("case", ["recomputed", "kept"])
+def test_unet_with_leaf_blocks_equals_plain_pytorch(found, case):
+    assert SD.leaf_blocks == SD_BLOCKS
+    assert found[0]["unet"][case]["update_error"] < 1e-5
+    for rank in found:
+        assert rank["unet"][case]["rollout_error"] < 1e-6
+
+
+def test_one_process_needs_no_launcher(tmp_path):
+    [alone] = run_workers(tmp_path, world_size=1)
+    assert alone["ranks"] == (0, 1, 0)
+    assert alone["gather"] == ["alone"]
+    assert alone["sum"].tolist() == [3.0]
+    assert alone["failure"] == "No recipe."
+    assert alone["update"]["free_error"] < 1e-6
+    assert alone["resume"]["same_updates"]
+    assert alone["resume"]["same_weights"]
+
+
+def test_half_a_launcher_is_refused(monkeypatch):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InputError, match="lacks LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"):
+        setup(FP32)
+
+
+def test_bf16_without_zero_is_refused():
+    with pytest.raises(Impossible, match="precision fp32"):
+        EngineSection(zero_stage=0, precision="bf16")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_never_touches_what_the_engine_promises(stage):
+    section = EngineSection(zero_stage=stage, precision="fp32", max_grad_norm=0.7, gather_once=True)
+    config = deepspeed_config(section, torch.device("cuda", 0), SD.leaf_blocks)
+    assert config["managed_gradient_accumulation"] is False
+    assert config["gradient_clipping"] == (0.7 if stage else 0.0)
+    zero = config["zero_optimization"]
+    assert zero["overlap_comm"] is (stage >= 2)
+    if stage == 3:
+        assert zero["memory_efficient_linear"] is False
+        assert zero["leaf_module"] == {"classes": list(SD.leaf_blocks)}
+
+
+def test_learning_rate_course():
+    constant = OptimizerSection(warmup_steps=4)
+    assert [learning_rate_factor(constant, step, 10) for step in (0, 3, 4, 9)] == [0.25, 1.0, 1.0, 1.0]
+    cosine = OptimizerSection(schedule="cosine", warmup_steps=2)
+    factors = [learning_rate_factor(cosine, step, 10) for step in (1, 2, 6, 10, 11)]
+    assert factors == pytest.approx([1.0, 1.0, 0.5, 0.0, 0.0])
