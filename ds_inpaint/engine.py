@@ -1,7 +1,7 @@
 """The trained model on DeepSpeed ZeRO: forward, backward, step, weight slots, checkpoints.
 
-The only file that imports DeepSpeed. What it adds is safety: DeepSpeed silently drops gradients
-when forwards and backwards are interleaved in the wrong order, so ``Engine`` refuses those orders.
+All that is known of DeepSpeed's training side is here. What ``Engine`` adds to it is safety: DeepSpeed
+silently drops gradients when forwards and backwards are interleaved wrongly, so it refuses those orders.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ def deepspeed_config(section: EngineSection, device: torch.device, leaf_classes:
 class StepInfo:
     """What one update did.
 
-    ``grad_norm`` is the global gradient norm before clipping. ``applied`` is false when some
-    gradient was not finite; weights, optimizer state and learning rate then stay as they were.
+    ``grad_norm`` is the global gradient norm before clipping. ``applied`` is false when it is not
+    finite; weights, optimizer state and learning rate then stay as they were.
     """
 
     applied: bool
@@ -205,21 +205,20 @@ class Engine:
         self._pending = False
         self._swapped = False
         self._backwards = 0
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        plain = build_optimizer(optimizer, trained, ranks.device)
+        self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        plain = build_optimizer(optimizer, self._trained, ranks.device)
         if section.zero_stage == 0:
             clip_and_skip(plain, section.max_grad_norm)
         with redirect_stdout(io.StringIO()):  # ZeRO-1 prints how much memory it takes.
             self._deepspeed, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=plain,
-                lr_scheduler=lambda plain: torch.optim.lr_scheduler.LambdaLR(
+                lr_scheduler=torch.optim.lr_scheduler.LambdaLR(
                     plain, lambda step: learning_rate_factor(optimizer, step, total_steps)
                 ),
                 config=deepspeed_config(section, ranks.device, leaf_classes),
                 dist_init_required=False,
             )
-        self._trained = trained
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """The module's forward.
@@ -326,6 +325,8 @@ class Engine:
                 tuples and dicts of them. Each rank gets its own back.
         """
         self._require_idle("save()")
+        if self._backwards:
+            raise RuntimeError("save() between backward() and step() would lose the gradient: step first.")
         self._deepspeed.save_checkpoint(str(folder), tag, save_latest=False)
         target = folder / tag
         torch.save({"layout": self._layout(), "state": state}, target / f"rank{self.ranks.rank}.pt")

@@ -7,13 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_inpaint.data import load
 from ds_inpaint.images import read_png, write_grid, write_png
-from ds_inpaint.keys import key
+from ds_inpaint.keys import door, key
 from ds_inpaint.pixels import blank_holes
 from ds_inpaint.rewards import RewardClient
 from ds_inpaint.rollout import Rollout
@@ -26,6 +27,9 @@ class Evaluation:
 
     every: int = key(10, "Iterations between evaluations; before the first and after the last always.", at_least=1)
     samples: int = key(64, "Held-out samples, one per triple, going round if there are fewer triples.", at_least=2)
+    sampler: Any = door(
+        "ds_inpaint.samplers", "Sampler of evaluations; left out, that of the rollouts.", optional=True
+    )
     pictures: int = key(6, "How many of them are drawn into the picture of each evaluation.", at_least=1)
 
 

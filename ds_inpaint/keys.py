@@ -64,7 +64,7 @@ def key(
     return field(default=default, metadata=metadata)
 
 
-def door(package: str, doc: str) -> Any:
+def door(package: str, doc: str, *, optional: bool = False) -> Any:
     """Declare a section whose ``name`` key chooses a file of a folder.
 
     ``name: flow_sde`` takes module ``flow_sde`` of ``package``, and in it the dataclass spelled like the file
@@ -74,5 +74,7 @@ def door(package: str, doc: str) -> Any:
     Args:
         package: the folder, for example ``"ds_inpaint.algorithms"``.
         doc: one line saying what is being chosen.
+        optional: whether the section may be left out, or null, and then is ``None``.
     """
-    return field(metadata={"doc": doc, "door": package})
+    metadata = {"doc": doc, "door": package}
+    return field(default=None, metadata=metadata) if optional else field(metadata=metadata)

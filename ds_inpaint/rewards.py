@@ -219,7 +219,7 @@ class RewardClient:
         request = write_request(items, self._offer.fingerprints)
         turn = next(self._turn) % len(self._endpoints)
         endpoints = self._endpoints[turn:] + self._endpoints[:turn]
-        endpoint, response = _call(endpoints, _score_method, request, self._rewards, self._closed)
+        endpoint, response = _call(endpoints, lambda stub: stub.Score, request, self._rewards, self._closed)
         try:
             return read_response(response, items.sample_ids, self._rewards.scorers)
         except ValueError as error:
@@ -234,19 +234,13 @@ def _open(address: str) -> _Endpoint:
     return _Endpoint(address, channel, reward_pb2_grpc.RewardServiceStub(channel))
 
 
-def _score_method(stub: reward_pb2_grpc.RewardServiceStub) -> Callable[..., Any]:
-    return stub.Score
-
-
-def _info_method(stub: reward_pb2_grpc.RewardServiceStub) -> Callable[..., Any]:
-    return stub.GetServerInfo
-
-
 def _ask(address: str, rewards: Rewards) -> reward_pb2.GetServerInfoResponse:
     """What one server offers, waiting for it within the retry budget."""
     endpoint = _open(address)
     with endpoint.channel:
-        _, info = _call([endpoint], _info_method, reward_pb2.GetServerInfoRequest(), rewards, threading.Event())
+        _, info = _call(
+            [endpoint], lambda stub: stub.GetServerInfo, reward_pb2.GetServerInfoRequest(), rewards, threading.Event()
+        )
     return info
 
 
@@ -288,7 +282,7 @@ def _pause_seconds(error: grpc.RpcError, rounds: int) -> float | None:
     """Seconds to wait before going round the servers again; ``None`` when that would change nothing."""
     code = error.code()
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-        return min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**rounds)
+        return min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(rounds - 1, 10))
     # A busy server says when to come back; without that the message is too large, today and tomorrow.
     pushback_ms = int(dict(error.trailing_metadata() or ()).get("grpc-retry-pushback-ms", -1))
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and pushback_ms >= 0:

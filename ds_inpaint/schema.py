@@ -78,8 +78,9 @@ def plain(value: Any) -> Any:
         entries = {}
         for name, field in _fields(type(value)).items():
             inner = getattr(value, name)
-            chosen = {"name": type(inner).__module__.rpartition(".")[2]} if "door" in field.metadata else {}
-            entries[name] = {**chosen, **plain(inner)} if chosen else plain(inner)
+            entries[name] = plain(inner)
+            if "door" in field.metadata and inner is not None:
+                entries[name] = {"name": type(inner).__module__.rpartition(".")[2], **entries[name]}
         return entries
     if isinstance(value, dict):
         return {name: plain(each) for name, each in value.items()}
@@ -158,6 +159,8 @@ class _Building:
     def door(self, field: dataclasses.Field[Any], node: Node, path: str) -> Any:
         """The section whose class stands in the file that its key ``name`` names."""
         self.places[path] = node.where
+        if node.value is None and field.default is None:
+            return None
         if not isinstance(node.value, dict) or "name" not in node.value:
             self.refuse(node.where, path, f"found {found(node)}. {_allowed(field, None)}")
             return None

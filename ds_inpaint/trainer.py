@@ -25,7 +25,7 @@ from ds_inpaint.rewards import EMBEDDED, RewardClient, Rewards
 from ds_inpaint.rollout import Rollout
 from ds_inpaint.schema import plain
 from ds_inpaint.tracking import Tracker, read_metrics
-from ds_inpaint.values import Experiences, Loss, Policy, Triple
+from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -130,14 +130,17 @@ class TrainingRun:
     heldout_rows: list[Triple]
 
     def __post_init__(self) -> None:
-        recipe = self.recipe
-        self.rollout = Rollout(
+        self.rollout = self._rollout(self.recipe.sampler)
+        self.evaluation = self._rollout(self.recipe.evaluation.sampler or self.recipe.sampler)
+
+    def _rollout(self, sampler: Sampler) -> Rollout:
+        return Rollout(
             self.policy,
-            recipe.sampler.schedule(self.policy.process),
+            sampler.schedule(self.policy.process),
             self.ranks,
-            recipe.run.seed,
-            recipe.data.size,
-            recipe.engine.micro_batch,
+            self.recipe.run.seed,
+            self.recipe.data.size,
+            self.recipe.engine.micro_batch,
         )
 
     @property
@@ -211,7 +214,7 @@ class TrainingRun:
         """Held-out metrics of the current weights."""
         try:
             heldout = evaluate(
-                self.rollout,
+                self.evaluation,
                 self.rewards,
                 self.heldout_rows,
                 self.recipe.evaluation,

@@ -43,6 +43,7 @@ class Recipe:
     optimizer: Optimizer = key(Optimizer, "Update rule.")
     scorers: dict[str, Scorer] = key(dict, "Scorers by name.")
     servers: Literal["embedded"] | list[str] = key("embedded", "Where scorers run.")
+    other_sampler: Any = door("doors", "Another sampler.", optional=True)
     extra: Data | None = key(None, "More data.")
     note: str | None = key(None, "Free text.")
     resume: bool = key(False, "Continue.")
@@ -169,8 +170,8 @@ TELLS = {
     ),
     "unknown section": (
         GOOD + "optimiser: {}",
-        "x.yaml:5: optimiser: unknown key. Allowed here: data, sampler, optimizer, scorers, servers, extra, note, "
-        "resume, seed. Did you mean optimizer?",
+        "x.yaml:5: optimiser: unknown key. Allowed here: data, sampler, optimizer, scorers, servers, "
+        "other_sampler, extra, note, resume, seed. Did you mean optimizer?",
     ),
     "repeated key": (GOOD + "seed: 1\nseed: 2", "x.yaml:6: seed: given twice, first at x.yaml:5. Delete one of them."),
     "missing key": (
@@ -480,6 +481,7 @@ def test_a_dump_loads_to_an_equal_recipe(load):
         "optimizer:",
         "scorers:",
         "servers: embedded",
+        "other_sampler: null",
         "extra:",
         "note: null",
         "resume: false",
@@ -488,6 +490,13 @@ def test_a_dump_loads_to_an_equal_recipe(load):
     assert "sampler:\n  name: flow_sde\n  steps: 10\n" in text
     assert "learning_rate: 1.0e-07" in text
     assert schema.plain(recipe)["sampler"] == {"name": "flow_sde", "steps": 10, "trained": 5}
+
+
+def test_an_optional_door_may_stay_shut(load):
+    shut, opened = load(GOOD).value, load(GOOD, "other_sampler={name: flow_sde, steps: 7}").value
+    assert shut.other_sampler is None
+    assert opened.other_sampler.steps == 7
+    assert [load(schema.dump(recipe)).value for recipe in (shut, opened)] == [shut, opened]
 
 
 def test_a_type_that_keys_cannot_have_is_a_bug_of_the_section(tmp_path):

@@ -1,0 +1,118 @@
+"""What several test files share: photographs, a very small model, reward servers, launching ranks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_inpaint.photos import write_dataset
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+TINY_MODEL = Path("recipes/tiny/models/sd")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl and heldout.jsonl."""
+    folder = tmp_path_factory.mktemp("photos")
+    write_dataset(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a still smaller, random UNet of the same kinds of blocks."""
+    from diffusers import UNet2DConditionModel
+
+    folder = tmp_path_factory.mktemp("small_sd")
+    shutil.copytree(TINY_MODEL, folder, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        sample_size=16,
+        in_channels=9,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=64,
+        attention_head_dim=2,
+    ).save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_server() -> Iterator[str]:
+    """Address of a server with the pixel scorers, inside the test process."""
+    from reward_helpers import Servers
+
+    servers = Servers()
+    yield servers.start(["seam", "ring_texture", "known_fidelity"]).address
+    servers.close()
+
+
+@pytest.fixture(scope="session")
+def recipe(photos: Path, small_model: Path, reward_server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of a very small GRPO run; tests give it a name and a folder."""
+    path = tmp_path_factory.mktemp("recipe") / "grpo.yaml"
+    path.write_text(f"""\
+run: {{name: test, dir: {path.parent / "run"}, iterations: 3, seed: 3}}
+model: {{name: sd, path: {small_model}, guidance: 2.0}}
+data: {{train: {photos / "train.jsonl"}, heldout: {photos / "heldout.jsonl"}, size: 64, batch: 2}}
+sampler: {{name: ddim, steps: 4}}
+algorithm: {{name: grpo, group_size: 4, trained_steps: 2}}
+rewards:
+  servers: ["{reward_server}"]
+  scorers: {{seam: 1.0, ring_texture: 0.1, known_fidelity: 0.0}}
+optimizer: {{learning_rate: 1.0e-4}}
+engine: {{precision: fp32, micro_batch: 2}}
+evaluation: {{samples: 3, every: 2, pictures: 2}}
+checkpoint: {{every: 0}}
+""")
+    return path
+
+
+def start_ranks(count: int, arguments: Sequence[str], log: Path) -> list[subprocess.Popen[bytes]]:
+    """Start ``python ARGUMENTS`` as ``count`` ranks of one run; what they print goes to ``log``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    with log.open("ab") as file:
+        return [
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+            for rank in range(count)
+        ]
+
+
+@pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, Sequence[str]], None]:
+    """Runs ``python ARGUMENTS`` on that many ranks and fails the test with their output if one fails."""
+
+    def run(count: int, arguments: Sequence[str]) -> None:
+        log = tmp_path_factory.mktemp("ranks") / "log"
+        ranks = start_ranks(count, arguments, log)
+        try:
+            codes = [rank.wait(300) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert codes == [0] * count, log.read_text()
+
+    return run

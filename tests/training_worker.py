@@ -1,0 +1,62 @@
+"""One rank of the training tests: runs recipes one after the other in one process.
+
+python tests/training_worker.py OUT RECIPE [KEY=VALUE ...] [-- RECIPE [KEY=VALUE ...]] ...
+
+Keeps what the first rollout of each run produced, as ``OUT/RUN.rankR.safetensors``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ds_inpaint.engine import setup
+from ds_inpaint.recipe import Recipe, load_recipe
+from ds_inpaint.rollout import Rollout, Rollouts
+from ds_inpaint.run_folder import open_run_folder
+from ds_inpaint.trainer import train
+
+
+def keep_first_rollout(recipe: Recipe, out: Path) -> None:
+    """Wrap ``Rollout.run`` until it has been called for training once."""
+    plain = Rollout.run
+
+    def spy(self: Rollout, *args: Any, **named: Any) -> Rollouts:
+        rollouts = plain(self, *args, **named)
+        if named["purpose"] == "rollout":
+            Rollout.run = plain
+            kept = {
+                "samples": torch.tensor([sample for chunk in rollouts.chunks for sample in chunk.samples]),
+                "latents": torch.cat([chunk.next_nKCHW for chunk in rollouts.chunks]),
+                "log_probs": torch.cat([chunk.log_probs_nK for chunk in rollouts.chunks]),
+                "pictures": torch.cat([chunk.raw_nCHW for chunk in rollouts.chunks]),
+                "rewards": rollouts.scores.values["seam"],
+            }
+            save_file(kept, out / f"{recipe.run.name}.rank{self.ranks.rank}.safetensors")
+        return rollouts
+
+    Rollout.run = spy
+
+
+def main(out: Path, jobs: list[list[str]]) -> None:
+    ranks = None
+    for recipe_path, *overrides in jobs:
+        recipe = load_recipe(Path(recipe_path), overrides, int(os.environ.get("WORLD_SIZE", 1)))
+        ranks = ranks or setup(recipe.engine)
+        if ranks.is_main:
+            open_run_folder(recipe)
+        ranks.barrier()
+        keep_first_rollout(recipe, out)
+        train(recipe, ranks)
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    jobs = [list(job) for dashes, job in groupby(sys.argv[2:], lambda word: word == "--") if not dashes]
+    main(Path(sys.argv[1]), jobs)
