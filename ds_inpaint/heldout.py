@@ -27,9 +27,7 @@ class Evaluation:
 
     every: int = key(10, "Iterations between evaluations; before the first and after the last always.", at_least=1)
     samples: int = key(64, "Held-out samples, one per triple, going round if there are fewer triples.", at_least=2)
-    sampler: Any = door(
-        "ds_inpaint.samplers", "Sampler of evaluations; left out, that of the rollouts.", optional=True
-    )
+    sampler: Any = door("ds_inpaint.samplers", "Sampler of evaluations; left out, that of the rollouts.", optional=True)
     pictures: int = key(6, "How many of them are drawn into the picture of each evaluation.", at_least=1)
 
 
@@ -133,7 +131,7 @@ def read_rewards(folder: Path, iteration: int) -> Tensor:
 def draw_before_after(folder: Path, path: Path, last: int, rows: Sequence[Triple], size: int) -> None:
     """Draw masked | base fill | trained fill | original from the tiles of the first and the last evaluation."""
     names = sorted(tile.name for tile in (folder / f"{last:06d}").iterdir())
-    masked, originals = _inputs(rows[: len(names)], size)
+    masked, originals = _inputs([rows[number % len(rows)] for number in range(len(names))], size)
     before, after = (
         torch.stack([read_png(folder / f"{iteration:06d}" / name) for name in names]) for iteration in (0, last)
     )

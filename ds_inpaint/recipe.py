@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from ds_inpaint import schema
 from ds_inpaint.data import Data
 from ds_inpaint.engine import EngineSection, OptimizerSection
 from ds_inpaint.heldout import Evaluation
+from ds_inpaint.key_types import did_you_mean
 from ds_inpaint.keys import REQUIRED, door, key
 from ds_inpaint.rewards import Rewards
 from ds_inpaint.tracking import Tracking
@@ -69,16 +71,28 @@ def load_recipe(path: Path, overrides: Sequence[str], world_size: int) -> Recipe
     recipe = loaded.value
     for name, file in (("data.train", recipe.data.train), ("data.heldout", recipe.data.heldout)):
         if not file.is_file():
-            raise loaded.error(name, f"{file} does not exist (looked in {Path.cwd()}); give a JSONL file.")
+            raise loaded.error(name, _missing(file))
     if problem := recipe.model.problem():
         raise loaded.error("model.path", problem)
-    samples = recipe.data.batch * recipe.algorithm.samples_per_triple
-    parts = world_size * recipe.algorithm.updates_per_rollout
-    if samples % parts:
-        raise loaded.error(
-            "data.batch",
-            f"{recipe.data.batch} triples x {recipe.algorithm.samples_per_triple} samples = {samples} do not "
-            f"divide among {world_size} ranks x {recipe.algorithm.updates_per_rollout} updates per rollout. "
-            f"Change the batch, the samples per triple or the number of ranks until they do.",
-        )
+    if problem := _uneven(recipe.data.batch, recipe.algorithm, world_size):
+        raise loaded.error("data.batch", problem)
     return recipe
+
+
+def _missing(file: Path) -> str:
+    found = "is not a file" if file.exists() else "does not exist"
+    close = did_you_mean(file.name, (sibling.name for sibling in file.parent.glob("*.jsonl")))
+    return f"{file} {found} (looked in {Path.cwd()}).{close} Give a JSONL file."
+
+
+def _uneven(batch: int, algorithm: Any, world_size: int) -> str | None:
+    """Why the samples of an iteration cannot be dealt out evenly; None when they can."""
+    per_triple, updates = algorithm.samples_per_triple, algorithm.updates_per_rollout
+    samples, parts = batch * per_triple, world_size * updates
+    if samples % parts == 0:
+        return None
+    return (
+        f"{batch} triples x {per_triple} samples = {samples} do not divide among {world_size} ranks x {updates} "
+        f"updates per rollout. Give a multiple of {parts // math.gcd(parts, per_triple)}, or change the samples "
+        f"per triple, the updates per rollout or the number of ranks."
+    )

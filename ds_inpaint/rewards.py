@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from ds_inpaint.scores import Scores, concatenate
 log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
+
+ADDRESS = re.compile(r"[^\s/]+:\d+")
 
 REQUESTS_IN_FLIGHT = 4
 """Requests that one client has under way; more only queue in the server."""
@@ -74,8 +77,11 @@ class Rewards:
             raise Impossible("scorers", f"found {self.scorers}; at least one scorer must have a weight other than 0.")
         if self.servers == EMBEDDED:
             return
-        if not self.servers or any(":" not in address for address in self.servers):
-            raise Impossible("servers", f"found {self.servers}; name at least one HOST:PORT, or write embedded.")
+        if not self.servers or not all(ADDRESS.fullmatch(address) for address in self.servers):
+            raise Impossible(
+                "servers",
+                f"found {self.servers}; name at least one HOST:PORT such as 127.0.0.1:50051, or write embedded.",
+            )
 
 
 @dataclass(frozen=True)

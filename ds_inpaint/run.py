@@ -23,7 +23,7 @@ from ds_inpaint.run_folder import open_run_folder
 from ds_inpaint.trainer import train
 
 SECONDS_FOR_RANK_0 = 3.0
-"""The launcher kills all ranks once one has left, so the others let rank 0 print the reason first."""
+"""The launcher ends all ranks once one has left, so the others let rank 0 say first why it stops."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,14 +33,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe keys to change")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    is_main = int(os.environ.get("RANK", 0)) == 0
     try:
         _run(options.recipe, options.overrides)
     except DsInpaintError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"\nds_inpaint: {error}", file=sys.stderr, flush=True)
+        if is_main:
+            print(f"ds_inpaint: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(SECONDS_FOR_RANK_0)
         return error.exit_code
+    except Exception:
+        # Where all ranks fail alike, the launcher ends the others before they repeat the traceback.
+        if not is_main:
+            time.sleep(SECONDS_FOR_RANK_0)
+        raise
     return 0
 
 
@@ -52,8 +58,11 @@ def _run(path: Path, overrides: Sequence[str]) -> None:
             if ranks.is_main:
                 open_run_folder(recipe)
         train(recipe, ranks)
-    finally:
+    except DsInpaintError:
         ranks.leave()
+        raise
+    # After any other error the others must not hear of it before this rank has shown its traceback.
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -8,26 +8,33 @@ from ds_inpaint import schema
 from ds_inpaint.errors import InputError
 from ds_inpaint.recipe import Recipe
 
-CHANGEABLE = {"run.iterations", "run.name"}
-"""Keys that may differ when a run is continued, together with the sections below."""
-CHANGEABLE_SECTIONS = ("evaluation", "checkpoint", "tracking")
+CHANGEABLE = {
+    *("run.name", "run.dir", "run.iterations"),
+    *("rewards.servers", "rewards.timeout_seconds", "rewards.retry_seconds", "rewards.max_invalid_fraction"),
+    *("engine.micro_batch", "engine.activation_checkpointing", "engine.gather_once", "engine.timeout_minutes"),
+    *("engine.reduce_bucket", "engine.prefetch_bucket"),
+    *("evaluation.every", "checkpoint.every", "checkpoint.keep", "tracking.wandb", "tracking.project"),
+}
+"""Keys that a continued run may change: they alter neither what is learned nor what is compared at the end."""
 
 
 def open_run_folder(recipe: Recipe) -> None:
-    """Make the run folder, or see that the run found there is the one this recipe would continue.
+    """Make the run folder, or see that the run found there is one that this recipe continues.
 
     A run that never reached a checkpoint is moved aside, to ``DIR.1`` and so on, and begun anew.
 
     Raises:
-        InputError: another recipe's run is there, or the folder cannot be made.
+        InputError: another recipe's run is there, or a longer one, or the folder cannot be made.
     """
     folder, file = recipe.run.dir, recipe.run.dir / "recipe.yaml"
-    if file.exists():
+    latest, metrics = folder / "checkpoints" / "latest", folder / "metrics.jsonl"
+    if latest.exists():
         _refuse_other_recipe(file, recipe)
-        if not (folder / "checkpoints" / "latest").exists():
-            aside = _move_aside(folder)
-            print(f"{folder} held a run without a checkpoint; it was moved to {aside}.", flush=True)
+        # A checkpoint is named after the iterations behind it.
+        _refuse_longer_run(int(latest.read_text()), recipe)
     try:
+        if not latest.exists() and metrics.exists() and metrics.read_text():
+            print(f"{folder} held a run without a checkpoint; it was moved to {_move_aside(folder)}.", flush=True)
         for child in ("samples", "checkpoints"):
             (folder / child).mkdir(parents=True, exist_ok=True)
         file.write_text(schema.dump(recipe))
@@ -40,7 +47,7 @@ def _refuse_other_recipe(file: Path, recipe: Recipe) -> None:
     changes = [
         f"  {name}: {before.get(name)!r} there, {now.get(name)!r} here"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not _may_change(name)
+        if before.get(name) != now.get(name) and name not in CHANGEABLE
     ]
     if changes:
         raise InputError(
@@ -50,8 +57,12 @@ def _refuse_other_recipe(file: Path, recipe: Recipe) -> None:
         )
 
 
-def _may_change(name: str) -> bool:
-    return name in CHANGEABLE or name.split(".")[0] in CHANGEABLE_SECTIONS
+def _refuse_longer_run(done: int, recipe: Recipe) -> None:
+    if done > recipe.run.iterations:
+        raise InputError(
+            f"run.iterations: found {recipe.run.iterations}, but the run in {recipe.run.dir} has done {done}. Give "
+            f"at least {done}, or another run.dir."
+        )
 
 
 def _flat(section: object, path: str = "") -> dict[str, object]:

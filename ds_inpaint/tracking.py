@@ -36,7 +36,7 @@ class Tracker:
         recipe: Tracking,
         folder: Path,
         name: str,
-        done: int,
+        logged: int,
         total: int,
         resolved: dict[str, Any],
         speaks: bool,
@@ -47,7 +47,8 @@ class Tracker:
             recipe: section ``tracking``.
             folder: the run folder.
             name: the run's name.
-            done: iterations behind a resumed run; later rows of its metrics file are dropped.
+            logged: the last iteration of a resumed run whose row counts; later rows of its metrics file are
+                dropped. -1 for a new run.
             total: iterations in all.
             resolved: the resolved recipe, shown beside the run in Weights & Biases.
             speaks: False on every rank but 0.
@@ -56,9 +57,9 @@ class Tracker:
         self._speaks = speaks
         if not speaks:
             return
-        kept = [row for row in read_metrics(self._path) if row["iteration"] <= done] if done else []
+        kept = [row for row in read_metrics(self._path) if row["iteration"] <= logged]
         self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._bar = tqdm(total=total, initial=done, desc=name, unit="it", dynamic_ncols=True)
+        self._bar = tqdm(total=total, initial=max(0, logged), desc=name, unit="it", dynamic_ncols=True)
         self._wandb = (
             None
             if recipe.wandb == "disabled"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import socket
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -45,17 +45,18 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         policy, engine = _build(recipe, ranks)
         stack.callback(engine.close)
         run = TrainingRun(recipe, folder, ranks, rewards, policy, engine, train_rows, heldout_rows)
-        done = run.resume()
+        done, unlogged = run.resume()
+        logged = done if done > 0 and not unlogged else done - 1
         with Tracker(
             recipe.tracking,
             folder,
             recipe.run.name,
-            done,
+            logged,
             recipe.run.iterations,
             plain(recipe),
             ranks.is_main,
         ) as tracker:
-            run.go(done, tracker)
+            run.go(done, unlogged, tracker)
         run.finish()
 
 
@@ -148,24 +149,29 @@ class TrainingRun:
         """Folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
-    def resume(self) -> int:
-        """Load the newest checkpoint, if there is one; returns how many iterations lie behind it."""
-        if not (self.checkpoints / "latest").exists():
-            return 0
-        return self.engine.load(self.checkpoints)["iterations"]
+    def resume(self) -> tuple[int, dict[str, float]]:
+        """Load the newest checkpoint, if there is one.
 
-    def go(self, done: int, tracker: Tracker) -> None:
+        Returns:
+            how many iterations lie behind it, and the metrics of the last one if it was stopped before it
+            could log them.
+        """
+        if not (self.checkpoints / "latest").exists():
+            return 0, {}
+        state = self.engine.load(self.checkpoints)
+        return state["iterations"], state["unlogged"]
+
+    def go(self, done: int, unlogged: dict[str, float], tracker: Tracker) -> None:
         """Iterate from ``done`` finished iterations to the last."""
-        if done == 0:
-            tracker.log({"iteration": 0, **self.evaluate(0)})
+        if unlogged:
+            self.end_iteration(done, unlogged, tracker)
+        elif done == 0:
+            tracker.log({"iteration": 0, **self.evaluate(0, {})})
         for iteration in range(done, self.recipe.run.iterations):
             started = time.perf_counter()
             batch = rows_of_iteration(self.train_rows, iteration, self.recipe.data.batch, self.recipe.run.seed)
-            try:
+            with self.saved_if_stopped(iteration, {}):
                 experiences = self.recipe.algorithm.collect(batch, iteration, self.rollout, self.rewards)
-            except (RewardsUnavailable, InputError):
-                self.save(iteration)
-                raise
             metrics = self.update(experiences, first=iteration == 0)
             seconds = time.perf_counter() - started
             metrics |= {"seconds/total": seconds, "samples_per_second": metrics["samples"] / seconds}
@@ -204,15 +210,15 @@ class TrainingRun:
         """Evaluate, log and checkpoint when due."""
         last = done == self.recipe.run.iterations
         if last or done % self.recipe.evaluation.every == 0:
-            metrics |= self.evaluate(done)
+            metrics |= self.evaluate(done, metrics)
         tracker.log({"iteration": done, **metrics})
         every = self.recipe.checkpoint.every
         if every and (last or done % every == 0):
-            self.save(done)
+            self.save(done, {})
 
-    def evaluate(self, done: int) -> dict[str, float]:
-        """Held-out metrics of the current weights."""
-        try:
+    def evaluate(self, done: int, unlogged: dict[str, float]) -> dict[str, float]:
+        """Held-out metrics of the current weights; ``unlogged`` are those that the iteration has so far."""
+        with self.saved_if_stopped(done, unlogged):
             heldout = evaluate(
                 self.evaluation,
                 self.rewards,
@@ -221,14 +227,21 @@ class TrainingRun:
                 self.folder / "samples",
                 done,
             )
-        except (RewardsUnavailable, InputError):
-            self.save(done)
-            raise
         return heldout.metrics()
 
-    def save(self, done: int) -> None:
+    @contextmanager
+    def saved_if_stopped(self, done: int, unlogged: dict[str, float]) -> Iterator[None]:
+        """Save, if anything was trained, before rewards or data end the run; the same command goes on from there."""
+        try:
+            yield
+        except (RewardsUnavailable, InputError):
+            if done > 0:
+                self.save(done, unlogged)
+            raise
+
+    def save(self, done: int, unlogged: dict[str, float]) -> None:
         """Checkpoint the state after ``done`` iterations and drop the oldest ones."""
-        self.engine.save(self.checkpoints, f"{done:06d}", {"iterations": done})
+        self.engine.save(self.checkpoints, f"{done:06d}", {"iterations": done, "unlogged": unlogged})
         if self.ranks.is_main:
             for old in sorted(self.checkpoints.glob("[0-9]*"))[: -self.recipe.checkpoint.keep]:
                 shutil.rmtree(old)

@@ -76,8 +76,8 @@ rewards:
   servers: ["{reward_server}"]
   scorers: {{seam: 1.0, ring_texture: 0.1, known_fidelity: 0.0}}
 optimizer: {{learning_rate: 1.0e-4}}
-engine: {{precision: fp32, micro_batch: 2}}
-evaluation: {{samples: 3, every: 2, pictures: 2}}
+engine: {{precision: fp32, micro_batch: 4}}
+evaluation: {{samples: 3, every: 100, pictures: 2}}
 checkpoint: {{every: 0}}
 """)
     return path

@@ -89,7 +89,7 @@ def test_unusable_pictures_are_refused(tmp_path):
     with pytest.raises(InputError, match="everything to fill"):
         load(rows, 16)
     write_png(tmp_path / "m.png", torch.full((1, 8, 8), 255, dtype=torch.uint8))
-    with pytest.raises(InputError, match="24x16 pixels but mask .* is 8x8"):
+    with pytest.raises(InputError, match=r"24x16 pixels but mask .* is 8x8"):
         load(rows, 16)
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     with pytest.raises(InputError, match="cannot be read as an image"):

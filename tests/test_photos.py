@@ -71,9 +71,7 @@ def test_drawing_again_gives_the_files_and_no_crop_of_one_split_touches_the_othe
         pixels_NHW3 = np.stack([crop.pixels_HW3 for crop in crops[split]])
         assert np.array_equal(images.movedim(1, -1).numpy(), pixels_NHW3)
         assert np.array_equal(masks[:, 0].numpy(), masks_NHW)
-        assert set(Counter(crop.photo.name for crop in crops[split]).values()) == {
-            photos.ROWS_PER_PHOTO[split]
-        }
+        assert set(Counter(crop.photo.name for crop in crops[split]).values()) == {photos.ROWS_PER_PHOTO[split]}
     for mine, other in product(crops["train"], crops["heldout"]):
         if mine.photo is other.photo:
             apart = mine.box[2] <= other.box[0] or other.box[2] <= mine.box[0]
