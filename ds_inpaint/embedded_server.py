@@ -89,8 +89,8 @@ class EmbeddedServer:
         kind = InputError if code == InputError.exit_code else RewardsUnavailable
         end = "\n".join(log.splitlines()[-LOG_LINES_SHOWN:])
         return kind(
-            f"The embedded reward server for {', '.join(self._scorers)} did not start (exit code {code}). "
-            f"The end of its log, {self._log_path}:\n{end}"
+            f"rewards.scorers: the embedded reward server for {', '.join(self._scorers)} did not start (exit code "
+            f"{code}). The end of its log, {self._log_path}:\n{end}"
         )
 
 

@@ -28,7 +28,7 @@ class Evaluation:
     every: int = key(10, "Iterations between evaluations; before the first and after the last always.", at_least=1)
     samples: int = key(64, "Held-out samples, one per triple, going round if there are fewer triples.", at_least=2)
     sampler: Any = door("ds_inpaint.samplers", "Sampler of evaluations; left out, that of the rollouts.", optional=True)
-    pictures: int = key(6, "How many of them are drawn into the picture of each evaluation.", at_least=1)
+    pictures: int = key(8, "How many of them, spread evenly, are drawn into the picture of an evaluation.", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,12 @@ def evaluate(
     mine = [min(number, len(triples) - 1) for number in range(first, first + per_rank)]
     rollouts = rollout.run(triples, 1, [mine], rewards, purpose="heldout", iteration=0)
     rewards_N = rollouts.scores.combined_N(rewards.weights)
+    shown = range(0, len(triples), math.ceil(len(triples) / recipe.pictures))
     drawn = {
         number: picture.cpu()
         for chunk in rollouts.chunks
         for number, picture in zip(chunk.samples, chunk.pasted_nCHW, strict=True)
-        if number < recipe.pictures
+        if number in shown
     }
     fills = {number: picture for part in rollout.ranks.gather(drawn) for number, picture in part.items()}
     if rollout.ranks.rank == 0:
@@ -104,7 +105,7 @@ def _write(
     tiles.mkdir(parents=True, exist_ok=True)
     for number, fill in fills.items():
         write_png(tiles / f"{number:04d}.png", fill)
-    masked, originals = _inputs(triples[: len(fills)], size)
+    masked, originals = _inputs([triples[number] for number in sorted(fills)], size)
     pictures = torch.stack([fills[number] for number in sorted(fills)])
     write_grid(
         folder / f"{iteration:06d}.png",
@@ -131,7 +132,7 @@ def read_rewards(folder: Path, iteration: int) -> Tensor:
 def draw_before_after(folder: Path, path: Path, last: int, rows: Sequence[Triple], size: int) -> None:
     """Draw masked | base fill | trained fill | original from the tiles of the first and the last evaluation."""
     names = sorted(tile.name for tile in (folder / f"{last:06d}").iterdir())
-    masked, originals = _inputs([rows[number % len(rows)] for number in range(len(names))], size)
+    masked, originals = _inputs([rows[int(Path(name).stem) % len(rows)] for name in names], size)
     before, after = (
         torch.stack([read_png(folder / f"{iteration:06d}" / name) for name in names]) for iteration in (0, last)
     )

@@ -18,6 +18,10 @@ from typing import NoReturn
 
 import psutil
 import torch
+
+# DeepSpeed picks its accelerator while it is imported, and warns when left to find none.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.launcher import runner

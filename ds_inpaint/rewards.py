@@ -41,6 +41,8 @@ REASONS_TOLD = 5
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
 
+AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
     ("grpc.keepalive_time_ms", 60_000),
@@ -89,6 +91,8 @@ class _Endpoint:
     address: str
     channel: grpc.Channel
     stub: reward_pb2_grpc.RewardServiceStub
+    away: threading.Event
+    """Set while it does not answer, so that one absence is told once."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +241,7 @@ class RewardClient:
 
 def _open(address: str) -> _Endpoint:
     channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-    return _Endpoint(address, channel, reward_pb2_grpc.RewardServiceStub(channel))
+    return _Endpoint(address, channel, reward_pb2_grpc.RewardServiceStub(channel), threading.Event())
 
 
 def _ask(address: str, rewards: Rewards) -> reward_pb2.GetServerInfoResponse:
@@ -266,7 +270,9 @@ def _call(
     for attempt in itertools.count():
         endpoint = endpoints[attempt % len(endpoints)]
         try:
-            return endpoint, method(endpoint.stub)(request, timeout=rewards.timeout_seconds)
+            response = method(endpoint.stub)(request, timeout=rewards.timeout_seconds)
+            endpoint.away.clear()
+            return endpoint, response
         except grpc.RpcError as error:
             now = time.monotonic()
             failing_since = failing_since or now
@@ -277,8 +283,9 @@ def _call(
             left = failing_since + rewards.retry_seconds - now
             if closed.is_set() or (place == 0 and left <= 0):
                 raise RewardsUnavailable(_gone(endpoints, error, now - failing_since, rewards)) from error
-            if attempt == 0:
-                log.warning("Reward server %s: %s; trying again.", endpoint.address, _reason(error))
+            if error.code() in AWAY and not endpoint.away.is_set():
+                endpoint.away.set()
+                log.warning("Reward server %s does not answer and is asked again: %s", endpoint.address, _reason(error))
             if place == 0:
                 closed.wait(min(pause * jitter.uniform(0.5, 1), left))
     raise AssertionError("unreachable: the loop has no end")
@@ -287,7 +294,7 @@ def _call(
 def _pause_seconds(error: grpc.RpcError, rounds: int) -> float | None:
     """Seconds to wait before going round the servers again; ``None`` when that would change nothing."""
     code = error.code()
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+    if code in AWAY:
         return min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(rounds - 1, 10))
     # A busy server says when to come back; without that the message is too large, today and tomorrow.
     pushback_ms = int(dict(error.trailing_metadata() or ()).get("grpc-retry-pushback-ms", -1))

@@ -4,13 +4,15 @@
     python -m ds_inpaint.run recipes/tiny/grpo_sd.yaml          # one rank
 
 Exit codes: 0 done, 2 bad input, 3 rewards unavailable, 4 the doctor stopped the run, 5 the ranks disagreed
-on their plan, 1 anything else.
+on their plan, 130 interrupted, 1 anything else.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -22,8 +24,9 @@ from ds_inpaint.recipe import load_recipe
 from ds_inpaint.run_folder import open_run_folder
 from ds_inpaint.trainer import train
 
-SECONDS_FOR_RANK_0 = 3.0
-"""The launcher ends all ranks once one has left, so the others let rank 0 say first why it stops."""
+SECONDS_FOR_RANK_0 = 20.0
+"""A launcher ends all ranks once one has left, so the others let rank 0 say first why it stops. Until it does
+so, rank 0 may have to wait for its reward server to end."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     is_main = int(os.environ.get("RANK", 0)) == 0
+    if not is_main:
+        logging.getLogger("ds_inpaint").setLevel(logging.ERROR)  # rank 0 warns for all
     try:
         _run(options.recipe, options.overrides)
     except DsInpaintError as error:
@@ -47,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_main:
             time.sleep(SECONDS_FOR_RANK_0)
         raise
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import wandb
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ds_inpaint.keys import key
 
@@ -59,7 +61,10 @@ class Tracker:
             return
         kept = [row for row in read_metrics(self._path) if row["iteration"] <= logged]
         self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._bar = tqdm(total=total, initial=max(0, logged), desc=name, unit="it", dynamic_ncols=True)
+        self._open = ExitStack()
+        bar = tqdm(total=total, initial=max(0, logged), desc=name, unit="it", dynamic_ncols=True)
+        self._bar = self._open.enter_context(bar)
+        self._open.enter_context(logging_redirect_tqdm())
         self._wandb = (
             None
             if recipe.wandb == "disabled"
@@ -73,8 +78,9 @@ class Tracker:
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        shown = {label: f"{metrics[name]:.4g}" for label, name in BAR_METRICS.items() if name in metrics}
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update(int(metrics["iteration"]) - self._bar.n)
-        self._bar.set_postfix({label: f"{metrics[name]:.4g}" for label, name in BAR_METRICS.items() if name in metrics})
         if self._wandb is not None:
             self._wandb.log(row, step=int(metrics["iteration"]))
 
@@ -86,7 +92,7 @@ class Tracker:
     ) -> None:
         if not self._speaks:
             return
-        self._bar.close()
+        self._open.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)
 
