@@ -41,7 +41,7 @@ def read(folder, rows):
 
 
 def test_rows_are_complete_and_unique(folder, rows):
-    assert {split: len(part) for split, part in rows.items()} == {"train": 256, "heldout": 64}
+    assert {split: len(part) for split, part in rows.items()} == {"train": 256, "heldout": 128}
     both = rows["train"] + rows["heldout"]
     assert {tuple(row) for row in both} == {("id", "image", "mask", "prompt")}
     for column in ("id", "image", "mask"):
