@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -45,18 +45,17 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         policy, engine = _build(recipe, ranks)
         stack.callback(engine.close)
         run = TrainingRun(recipe, folder, ranks, rewards, policy, engine, train_rows, heldout_rows)
-        done, unlogged = run.resume()
-        logged = done if done > 0 and not unlogged else done - 1
+        progress = run.resume()
         with Tracker(
             recipe.tracking,
             folder,
             recipe.run.name,
-            logged,
+            progress.logged,
             recipe.run.iterations,
             plain(recipe),
             ranks.is_main,
         ) as tracker:
-            run.go(done, unlogged, tracker)
+            run.go(progress, tracker)
         run.finish()
 
 
@@ -94,6 +93,21 @@ def _build(recipe: Recipe, ranks: Ranks) -> tuple[Policy, Engine]:
     if recipe.algorithm.uses_reference:
         engine.save_slot("reference")
     return replace(policy, denoiser=engine), engine
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands."""
+
+    done: int = 0
+    """Iterations whose update is in the weights."""
+    unlogged: dict[str, float] = field(default_factory=dict)
+    """Metrics of the last of them, when the run was stopped before its evaluation let it log them."""
+
+    @property
+    def logged(self) -> int:
+        """Number of the last logged row; -1 while even that of the untrained model is missing."""
+        return self.done if self.done > 0 and not self.unlogged else self.done - 1
 
 
 @dataclass
@@ -149,28 +163,22 @@ class TrainingRun:
         """Folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
-    def resume(self) -> tuple[int, dict[str, float]]:
-        """Load the newest checkpoint, if there is one.
-
-        Returns:
-            how many iterations lie behind it, and the metrics of the last one if it was stopped before it
-            could log them.
-        """
+    def resume(self) -> Progress:
+        """Load the newest checkpoint, if there is one."""
         if not (self.checkpoints / "latest").exists():
-            return 0, {}
-        state = self.engine.load(self.checkpoints)
-        return state["iterations"], state["unlogged"]
+            return Progress()
+        return Progress(**self.engine.load(self.checkpoints))
 
-    def go(self, done: int, unlogged: dict[str, float], tracker: Tracker) -> None:
-        """Iterate from ``done`` finished iterations to the last."""
-        if unlogged:
-            self.end_iteration(done, unlogged, tracker)
-        elif done == 0:
-            tracker.log({"iteration": 0, **self.evaluate(0, {})})
-        for iteration in range(done, self.recipe.run.iterations):
+    def go(self, progress: Progress, tracker: Tracker) -> None:
+        """Iterate from what is done to the last iteration."""
+        if progress.unlogged:
+            self.end_iteration(progress.done, progress.unlogged, tracker)
+        elif progress.done == 0:
+            tracker.log({"iteration": 0, **self.evaluate(Progress())})
+        for iteration in range(progress.done, self.recipe.run.iterations):
             started = time.perf_counter()
             batch = rows_of_iteration(self.train_rows, iteration, self.recipe.data.batch, self.recipe.run.seed)
-            with self.saved_if_stopped(iteration, {}):
+            with self.saved_if_stopped(Progress(iteration)):
                 experiences = self.recipe.algorithm.collect(batch, iteration, self.rollout, self.rewards)
             metrics = self.update(experiences, first=iteration == 0)
             seconds = time.perf_counter() - started
@@ -210,38 +218,38 @@ class TrainingRun:
         """Evaluate, log and checkpoint when due."""
         last = done == self.recipe.run.iterations
         if last or done % self.recipe.evaluation.every == 0:
-            metrics |= self.evaluate(done, metrics)
+            metrics |= self.evaluate(Progress(done, metrics))
         tracker.log({"iteration": done, **metrics})
         every = self.recipe.checkpoint.every
         if every and (last or done % every == 0):
-            self.save(done, {})
+            self.save(Progress(done))
 
-    def evaluate(self, done: int, unlogged: dict[str, float]) -> dict[str, float]:
-        """Held-out metrics of the current weights; ``unlogged`` are those that the iteration has so far."""
-        with self.saved_if_stopped(done, unlogged):
+    def evaluate(self, progress: Progress) -> dict[str, float]:
+        """Held-out metrics of the current weights."""
+        with self.saved_if_stopped(progress):
             heldout = evaluate(
                 self.evaluation,
                 self.rewards,
                 self.heldout_rows,
                 self.recipe.evaluation,
                 self.folder / "samples",
-                done,
+                progress.done,
             )
         return heldout.metrics()
 
     @contextmanager
-    def saved_if_stopped(self, done: int, unlogged: dict[str, float]) -> Iterator[None]:
+    def saved_if_stopped(self, progress: Progress) -> Iterator[None]:
         """Save, if anything was trained, before rewards or data end the run; the same command goes on from there."""
         try:
             yield
         except (RewardsUnavailable, InputError):
-            if done > 0:
-                self.save(done, unlogged)
+            if progress.done > 0:
+                self.save(progress)
             raise
 
-    def save(self, done: int, unlogged: dict[str, float]) -> None:
-        """Checkpoint the state after ``done`` iterations and drop the oldest ones."""
-        self.engine.save(self.checkpoints, f"{done:06d}", {"iterations": done, "unlogged": unlogged})
+    def save(self, progress: Progress) -> None:
+        """Checkpoint the weights and where the run stands, and drop the oldest checkpoints."""
+        self.engine.save(self.checkpoints, f"{progress.done:06d}", asdict(progress))
         if self.ranks.is_main:
             for old in sorted(self.checkpoints.glob("[0-9]*"))[: -self.recipe.checkpoint.keep]:
                 shutil.rmtree(old)
