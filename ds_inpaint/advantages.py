@@ -27,8 +27,9 @@ def group_relative(rewards_N: Tensor, valid_N: Tensor, group_size: int, eps: flo
     A group needs max(2, ceil(G / 2)) valid samples to take part. The standard deviation is the unbiased
     one. ``rewards_N`` may hold anything where ``valid_N`` is False.
     """
+    # In float64 the mean of equal float32 rewards is exact, and so a group without a signal has std 0.
     valid_BG = valid_N.view(-1, group_size)
-    rewards_BG = torch.where(valid_N, rewards_N, 0.0).view(-1, group_size)
+    rewards_BG = torch.where(valid_N, rewards_N, 0.0).double().view(-1, group_size)
     count_B1 = valid_BG.sum(1, keepdim=True)
     mean_B1 = rewards_BG.sum(1, keepdim=True) / count_B1.clamp(min=1)
     centred_BG = (rewards_BG - mean_B1) * valid_BG
@@ -37,4 +38,4 @@ def group_relative(rewards_N: Tensor, valid_N: Tensor, group_size: int, eps: flo
     weights_BG = (valid_BG & takes_part_B1).float()
     advantages_BG = (centred_BG / (std_B1 + eps)).clamp(-bound, bound) * weights_BG
     group_std_B = torch.where(takes_part_B1, std_B1, torch.nan).view(-1)
-    return Advantages(advantages_BG.view(-1), weights_BG.view(-1), group_std_B)
+    return Advantages(advantages_BG.float().view(-1), weights_BG.view(-1), group_std_B.float())

@@ -1,7 +1,7 @@
 """The processes of a run and what they tell each other beside the model: plans, failures, metrics.
 
-Everything here travels over a control group of its own (gloo, in host memory), so it neither
-interleaves with the engine's collectives nor shares their shorter patience.
+Everything here travels over a control group of its own (gloo, in host memory), so it does not interleave
+with the engine's collectives.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ class Ranks:
 
     def max(self, values: torch.Tensor) -> torch.Tensor:
         """Elementwise maximum of a small tensor over the ranks, on the device it came from."""
-        return self._reduce(values, dist.ReduceOp.MAX)
+        # By gathering, since gloo's own maximum loses a NaN.
+        return torch.stack(self.gather(values.detach().cpu())).amax(0).to(values.device)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

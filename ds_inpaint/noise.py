@@ -1,7 +1,7 @@
 """Randomness that belongs to a sample, not to a machine.
 
 Every draw is seeded by what it is for (seed, purpose, iteration, sample), never by rank or by call order,
-so 1, 2 or 8 ranks, any micro-batch and any resume walk the same trajectory.
+so 1, 2 or 8 ranks, any micro-batch and any resume draw the same noise.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 LARGEST_LOG_RATIO = 20.0
-"""exp() of more would overflow float32 sums; a run that gets there is beyond clipping anyway."""
+"""Keeps one wild ratio from turning the sum over a micro-batch into inf."""
 
 
 def importance_ratio(log_probs_N: Tensor, old_log_probs_N: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from ds_inpaint_protos.reward.v1 import reward_pb2, reward_pb2_grpc
 from torch import Tensor
 
-from ds_inpaint.errors import RewardsUnavailable
+from ds_inpaint.errors import InputError, RewardsUnavailable
 from ds_inpaint.keys import REQUIRED, Impossible, key
 from ds_inpaint.reward_wire import Items, Offer, agree, read_response, write_request
 from ds_inpaint.scores import Scores, concatenate
@@ -45,6 +45,8 @@ AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
+    # Reward servers stand in the job's own network; a proxy for the web must not come between.
+    ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     # A server that comes back is used within a second; by default it may take two minutes.
@@ -149,11 +151,6 @@ class RewardClient:
         """Scorer name to its weight in the combined reward."""
         return self._rewards.scorers
 
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """Scorer name to the fingerprint that every score of this client comes from."""
-        return dict(self._offer.fingerprints)
-
     def submit(
         self,
         raw_NHWC: Tensor,
@@ -166,8 +163,8 @@ class RewardClient:
     ) -> Pending:
         """Begin to score N samples and return while the requests are under way.
 
-        The tensors are uint8 on any device. They are copied to the CPU at once, if a scorer needs them, so
-        they may be changed afterwards.
+        The tensors are uint8 on any device; those on a GPU are copied at once, others must stay unchanged until
+        the scores are collected. Whatever goes wrong is raised by ``collect``.
 
         Args:
             raw_NHWC: images as decoded, RGB.
@@ -191,7 +188,12 @@ class RewardClient:
                 raise TypeError(f"{field} must be uint8, found {batch.dtype}.")
         needed = {field: batch.cpu() for field, batch in batches.items() if field in self._offer.fields}
         items = Items(needed, prompts, sample_ids, group_ids)
-        size = self._offer.items_per_request(items)
+        try:
+            size = self._offer.items_per_request(items)
+        except InputError as error:
+            refused: Future[Scores] = Future()
+            refused.set_exception(error)
+            return Pending((refused,))
         starts = range(0, len(sample_ids), size)
         return Pending(tuple(self._pool.submit(self._score, items.rows(start, start + size)) for start in starts))
 

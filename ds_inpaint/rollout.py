@@ -70,7 +70,7 @@ class Rollout:
         """This rank's sample numbers for each of an iteration's updates.
 
         A rank takes a run of consecutive samples; an update takes every ``updates``-th sample, whoever
-        holds it, so that each update sees every group. Needs ``count`` divisible by ranks x updates.
+        holds it, so that up to G updates each see every group. Needs ``count`` divisible by ranks x updates.
         """
         per_rank = count // self.ranks.world_size
         mine = range(self.ranks.rank * per_rank, (self.ranks.rank + 1) * per_rank)

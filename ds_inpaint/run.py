@@ -42,13 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(options.recipe, options.overrides)
     except DsInpaintError as error:
-        if is_main:
-            print(f"ds_inpaint: {error}", file=sys.stderr, flush=True)
-        else:
+        # Where all ranks fail alike, the launcher ends the others before they repeat the message.
+        if not is_main:
             time.sleep(SECONDS_FOR_RANK_0)
+        print(f"ds_inpaint: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except Exception:
-        # Where all ranks fail alike, the launcher ends the others before they repeat the traceback.
         if not is_main:
             time.sleep(SECONDS_FOR_RANK_0)
         raise

@@ -47,7 +47,7 @@ def _refuse_other_recipe(file: Path, recipe: Recipe) -> None:
     changes = [
         f"  {name}: {before.get(name)!r} there, {now.get(name)!r} here"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name not in CHANGEABLE
+        if before.get(name) != now.get(name) and not _may_change(name, recipe)
     ]
     if changes:
         raise InputError(
@@ -55,6 +55,12 @@ def _refuse_other_recipe(file: Path, recipe: Recipe) -> None:
             + "\n".join(changes)
             + "\nGive another run.dir, or delete that folder."
         )
+
+
+def _may_change(name: str, recipe: Recipe) -> bool:
+    if name == "run.iterations" and recipe.optimizer.schedule == "cosine":
+        return False  # the learning rate falls to 0 over these iterations, so others are another run
+    return name in CHANGEABLE
 
 
 def _refuse_longer_run(done: int, recipe: Recipe) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -125,10 +125,14 @@ class Meter:
             self.maxima[name] = self.maxima[name].maximum(value) if name in self.maxima else value
 
     def total(self, ranks: Ranks) -> dict[str, float]:
-        """Global means and maxima of the update."""
-        means = ranks.sum(torch.stack([value.double() for value in self.shares.values()])).tolist()
-        maxima = ranks.max(torch.stack([value.double() for value in self.maxima.values()])).tolist()
-        return {**dict(zip(self.shares, means, strict=True)), **dict(zip(self.maxima, maxima, strict=True))}
+        """Means and maxima of the update over all ranks."""
+        return _reduced(self.shares, ranks.sum) | _reduced(self.maxima, ranks.max)
+
+
+def _reduced(values: dict[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    if not values:
+        return {}
+    return dict(zip(values, reduce(torch.stack([value.double() for value in values.values()])).tolist(), strict=True))
 
 
 @dataclass
@@ -163,9 +167,14 @@ class TrainingRun:
         """Folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
+    def latest_checkpoint(self) -> str | None:
+        """Name of the newest whole checkpoint; None before the first."""
+        latest = self.checkpoints / "latest"
+        return latest.read_text() if latest.exists() else None
+
     def resume(self) -> Progress:
         """Load the newest checkpoint, if there is one."""
-        if not (self.checkpoints / "latest").exists():
+        if not self.ranks.broadcast(self.latest_checkpoint()):
             return Progress()
         return Progress(**self.engine.load(self.checkpoints))
 
@@ -182,13 +191,16 @@ class TrainingRun:
                 experiences = self.recipe.algorithm.collect(batch, iteration, self.rollout, self.rewards)
             metrics = self.update(experiences, first=iteration == 0)
             seconds = time.perf_counter() - started
-            metrics |= {"seconds/total": seconds, "samples_per_second": metrics["samples"] / seconds}
+            samples = self.recipe.data.batch * self.recipe.algorithm.samples_per_triple
+            metrics |= {"seconds/total": seconds, "samples_per_second": samples / seconds}
             self.end_iteration(iteration + 1, metrics, tracker)
+        self.evaluate_if_cut_short()
 
     def update(self, experiences: Experiences, first: bool) -> dict[str, float]:
         """Take the optimizer steps of one iteration; on the very first, the doctor looks before the step."""
         started = time.perf_counter()
         totals: list[dict[str, float]] = []
+        maxima: set[str] = set()
         for micro_batches in experiences.updates:
             self.ranks.agree("update", micro_batches=len(micro_batches))
             meter = Meter()
@@ -197,6 +209,7 @@ class TrainingRun:
                 self.engine.backward(loss.value)
                 meter.add(loss)
             total = meter.total(self.ranks)
+            maxima |= meter.maxima.keys()
             if first and not totals:
                 self.recipe.algorithm.doctor(total)
             step = self.engine.step()
@@ -210,7 +223,7 @@ class TrainingRun:
             )
         return {
             **experiences.metrics,
-            **_over_updates(totals),
+            **_over_updates(totals, maxima),
             "seconds/update": time.perf_counter() - started,
         }
 
@@ -237,13 +250,19 @@ class TrainingRun:
             )
         return heldout.metrics()
 
+    def evaluate_if_cut_short(self) -> None:
+        """Evaluate the last iteration of a run whose iterations were lowered to what is done already."""
+        total = self.recipe.run.iterations
+        if not self.ranks.broadcast((self.folder / "samples" / f"{total:06d}.json").exists()):
+            self.evaluate(Progress(total))
+
     @contextmanager
     def saved_if_stopped(self, progress: Progress) -> Iterator[None]:
         """Save, if anything was trained, before rewards or data end the run; the same command goes on from there."""
         try:
             yield
         except (RewardsUnavailable, InputError):
-            if progress.done > 0:
+            if progress.done > 0 and self.ranks.broadcast(self.latest_checkpoint()) != f"{progress.done:06d}":
                 self.save(progress)
             raise
 
@@ -251,7 +270,9 @@ class TrainingRun:
         """Checkpoint the weights and where the run stands, and drop the oldest checkpoints."""
         self.engine.save(self.checkpoints, f"{progress.done:06d}", asdict(progress))
         if self.ranks.is_main:
-            for old in sorted(self.checkpoints.glob("[0-9]*"))[: -self.recipe.checkpoint.keep]:
+            # A higher number is the torn remains of a save that a kill interrupted.
+            whole = sorted(tag for tag in self.checkpoints.glob("[0-9]*") if int(tag.name) <= progress.done)
+            for old in whole[: -self.recipe.checkpoint.keep]:
                 shutil.rmtree(old)
 
     def finish(self) -> None:
@@ -283,10 +304,10 @@ class TrainingRun:
         )
 
 
-def _over_updates(totals: Sequence[dict[str, float]]) -> dict[str, float]:
+def _over_updates(totals: Sequence[dict[str, float]], maxima: set[str]) -> dict[str, float]:
     """Means over the optimizer steps of an iteration; the largest of what is a maximum."""
     return {
-        name: max(values) if name.endswith("max_deviation") else sum(values) / len(values)
+        name: max(values) if name in maxima else sum(values) / len(values)
         for name in totals[0]
         for values in [[total[name] for total in totals]]
     }

@@ -39,10 +39,12 @@ def test_a_group_with_too_few_valid_samples_has_no_weight(valid_count):
     assert result.group_std_B.isnan().all()
 
 
-def test_a_group_of_equal_rewards_has_advantage_zero_and_keeps_its_weight():
-    result = group_relative(torch.full((4,), 0.7), TRUE4, 4, 1e-6, 5.0)
+@pytest.mark.parametrize("size", [3, 6, 7, 24])
+def test_a_group_of_equal_rewards_has_advantage_and_std_zero_and_keeps_its_weight(size):
+    result = group_relative(torch.full((size,), 0.1), torch.ones(size, dtype=torch.bool), size, 1e-6, 5.0)
     assert result.advantages_N.abs().max() == 0
-    assert result.weights_N.tolist() == [1.0] * 4
+    assert result.group_std_B.tolist() == [0.0]
+    assert result.weights_N.tolist() == [1.0] * size
 
 
 def test_advantages_are_bounded():

@@ -102,6 +102,18 @@ def test_the_export_loads_in_stock_diffusers_with_the_weights_given(tmp_path):
     assert loaded.tokenizer("a cat").input_ids == policy.tokenizer("a cat").input_ids
 
 
+def test_a_model_trained_in_bf16_exports_a_pipeline_that_draws(tmp_path):
+    policy = SD(path=MODEL).load(CPU, torch.bfloat16, activation_checkpointing=True)
+    policy.export(policy.denoiser.state_dict(), tmp_path)
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(tmp_path)
+    white = torch.ones(1, 3, 64, 64)
+    hole = torch.zeros(1, 1, 64, 64)
+    hole[..., 20:40, 20:40] = 1
+    settings = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "pt"}
+    assert pipeline(prompt="a cat", image=white, mask_image=hole, **settings).images.isfinite().all()
+    assert policy.vae.dtype == torch.bfloat16  # the export leaves the policy as it was
+
+
 def test_images_that_cannot_be_halved_often_enough_are_refused():
     policy = load()
     assert policy.latent_shape(64, 96) == (4, 16, 24)

@@ -218,7 +218,6 @@ def _metrics(rollouts: Rollouts, rewards_N: Tensor, advantages: Advantages) -> d
     valid_N = rollouts.scores.valid_N
     judged = advantages.group_std_B[~advantages.group_std_B.isnan()]
     return {
-        "samples": float(len(valid_N)),
         "reward/mean": float(rewards_N[valid_N].mean()),
         "reward/std": float(rewards_N[valid_N].std()),
         "reward/group_std": float(judged.mean()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -198,12 +199,15 @@ class SDPolicy:
         return self.denoiser.weights("reference")
 
     def export(self, unet_weights: dict[str, Tensor], folder: Path) -> None:
-        """Write a folder that stock diffusers loads as StableDiffusionInpaintPipeline."""
+        """Write a folder that stock diffusers loads as StableDiffusionInpaintPipeline, all parts in float32.
+
+        transformers would load a bf16 text encoder as such and diffusers the rest as float32, which cannot run.
+        """
         unet = UNet2DConditionModel.from_config(self.unet_config)
         unet.load_state_dict(unet_weights, strict=True)
         pipeline = StableDiffusionInpaintPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
+            vae=deepcopy(self.vae).float(),
+            text_encoder=deepcopy(self.text_encoder).float(),
             tokenizer=self.tokenizer,
             unet=unet,
             scheduler=self.scheduler,
