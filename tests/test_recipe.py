@@ -217,13 +217,13 @@ def test_a_recipe_that_does_not_exist_is_told_with_its_neighbours(capsys):
     )
 
 
-def test_the_other_ranks_leave_it_to_rank_0_to_speak(monkeypatch, capsys):
+def test_the_other_ranks_let_rank_0_speak_first(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    waited = []
-    monkeypatch.setattr(run.time, "sleep", waited.append)
+    said_before = []
+    monkeypatch.setattr(run.time, "sleep", lambda seconds: said_before.append((seconds, capsys.readouterr().err)))
     assert run.main(["grpo.yaml"]) == 2
-    assert capsys.readouterr() == ("", "")
-    assert waited == [run.SECONDS_FOR_RANK_0]
+    assert said_before == [(run.SECONDS_FOR_RANK_0, "")]
+    assert capsys.readouterr().err == "ds_inpaint: grpo.yaml does not exist.\n"
 
 
 def test_the_unbroken_recipe_runs():
