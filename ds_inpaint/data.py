@@ -24,8 +24,17 @@ class Data:
 
     train: Path = key(REQUIRED, "JSONL of {image, mask, prompt} rows to train on; paths relative to the file.")
     heldout: Path = key(REQUIRED, "JSONL of rows that are never trained on, for evaluation.")
-    size: int = key(512, "Side of the square images in pixels.", at_least=16)
+    size: int | tuple[int, int] = key(
+        512,
+        "Pixels of the images: the side of squares, or [height, width]; a picture is scaled and cropped to it.",
+        at_least=16,
+    )
     batch: int = key(8, "Triples per iteration, over all ranks.", at_least=1)
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
 
 def read_rows(path: Path) -> list[Triple]:
@@ -90,13 +99,13 @@ def rows_of_iteration(rows: Sequence[Triple], iteration: int, batch: int, seed: 
     return [rows[orders[position // len(rows)][position % len(rows)]] for position in positions]
 
 
-def load(triples: Sequence[Triple], size: int) -> Batch:
-    """Read the images and masks of some triples.
+def load(triples: Sequence[Triple], pixels: tuple[int, int]) -> Batch:
+    """Read the images and masks of some triples, at ``pixels`` = (height, width).
 
     Raises:
         InputError: see ``images.read_triple``.
     """
-    pairs = [read_triple(triple.image, triple.mask, size, triple.source) for triple in triples]
+    pairs = [read_triple(triple.image, triple.mask, pixels, triple.source) for triple in triples]
     images, holes = zip(*pairs, strict=True)
     return Batch(
         tuple(triple.id for triple in triples),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor
 
 from ds_inpaint.data import load
+from ds_inpaint.denoising import denoising_task
 from ds_inpaint.images import read_png, write_grid, write_png
 from ds_inpaint.keys import door, key
+from ds_inpaint.noise import sample_noise
 from ds_inpaint.pixels import blank_holes
 from ds_inpaint.rewards import RewardClient
-from ds_inpaint.rollout import Rollout
+from ds_inpaint.rollout import Prepared, Rollout
+from ds_inpaint.scores import sample_order
 from ds_inpaint.values import Triple
 
 
@@ -37,6 +41,8 @@ class HeldOut:
 
     rewards_N: Tensor
     """Combined reward of each sample, NaN where scoring failed."""
+    losses_N: Tensor
+    """Denoising error of each sample's original image: whether the model still knows what pictures look like."""
     means: dict[str, float]
     """Mean raw score of each scorer and component."""
     seconds: float
@@ -44,10 +50,13 @@ class HeldOut:
     def metrics(self) -> dict[str, float]:
         """Entries for the metrics file."""
         mean, error = mean_and_error(self.rewards_N)
+        loss, loss_error = mean_and_error(self.losses_N)
         scores = {f"heldout/{name.removeprefix('reward/')}": value for name, value in self.means.items()}
         return {
             "heldout/reward": mean,
             "heldout/reward_error": error,
+            "heldout/loss": loss,
+            "heldout/loss_error": loss_error,
             **scores,
             "seconds/evaluation": self.seconds,
         }
@@ -67,17 +76,20 @@ def evaluate(
     folder: Path,
     iteration: int,
 ) -> HeldOut:
-    """Sample, score and draw the held-out triples; all ranks share the work, rank 0 writes.
+    """Sample, score, draw and denoise the held-out triples; all ranks share the work, rank 0 writes.
 
     Writes ``folder/ITERATION.png`` (masked | fill | original), ``folder/ITERATION/SAMPLE.png`` and the scores
     of every sample in ``folder/ITERATION.json``.
     """
+    started = time.perf_counter()
     triples = [rows[number % len(rows)] for number in range(recipe.samples)]
     # Every rank draws equally many; the last sample is drawn again where the count does not divide.
     per_rank = math.ceil(len(triples) / rollout.ranks.world_size)
     first = rollout.ranks.rank * per_rank
     mine = [min(number, len(triples) - 1) for number in range(first, first + per_rank)]
-    rollouts = rollout.run(triples, 1, [mine], rewards, purpose="heldout", iteration=0)
+    prepared = rollout.prepare(triples, 1, [mine])
+    rollouts = rollout.run(prepared, rewards, purpose="heldout", iteration=0)
+    losses_N = denoising_losses(prepared, rollout, len(triples))
     rewards_N = rollouts.scores.combined_N(rewards.weights)
     shown = range(0, len(triples), math.ceil(len(triples) / recipe.pictures))
     drawn = {
@@ -88,24 +100,46 @@ def evaluate(
     }
     fills = {number: picture for part in rollout.ranks.gather(drawn) for number, picture in part.items()}
     if rollout.ranks.rank == 0:
-        _write(folder, iteration, triples, rollout.size, fills, rewards_N, rollouts.scores.values)
-    return HeldOut(rewards_N, rollouts.scores.means(), sum(rollouts.seconds.values()))
+        of_each = {**rollouts.scores.values, "reward": rewards_N, "loss": losses_N}
+        _write(folder, iteration, triples, rollout.pixels, fills, of_each)
+    return HeldOut(rewards_N, losses_N, rollouts.scores.means(), time.perf_counter() - started)
+
+
+@torch.no_grad()
+def denoising_losses(prepared: Prepared, rollout: Rollout, count: int) -> Tensor:
+    """Denoising error [N] of the original images, each at one noise level; the levels are spread evenly."""
+    policy, device = rollout.policy, rollout.ranks.device
+    process = policy.process(*rollout.pixels)
+    losses = []
+    for numbers in prepared.micro_batches(rollout.micro_batch)[0]:
+        rows_n = prepared.rows_n(numbers)
+        task = denoising_task(
+            process,
+            policy.encode_images(prepared.batch.images_BCHW[rows_n]),
+            sample_noise(rollout.seed, "heldout loss", 0, numbers, rollout.latent_shape).to(device),
+            ((torch.tensor(numbers) + 0.5) / count).to(device),
+            prepared.condition.rows(rows_n.to(device)),
+            None,
+        )
+        losses.append(task.errors_N(policy))
+    everyone = rollout.ranks.gather((prepared.parts[0], torch.cat(losses).cpu()))
+    order_N = sample_order([number for numbers, _ in everyone for number in numbers])
+    return torch.cat([part for _, part in everyone])[order_N]
 
 
 def _write(
     folder: Path,
     iteration: int,
     triples: Sequence[Triple],
-    size: int,
+    pixels: tuple[int, int],
     fills: dict[int, Tensor],
-    rewards_N: Tensor,
-    scores: dict[str, Tensor],
+    of_each: dict[str, Tensor],
 ) -> None:
     tiles = folder / f"{iteration:06d}"
     tiles.mkdir(parents=True, exist_ok=True)
     for number, fill in fills.items():
         write_png(tiles / f"{number:04d}.png", fill)
-    masked, originals = _inputs([triples[number] for number in sorted(fills)], size)
+    masked, originals = _inputs([triples[number] for number in sorted(fills)], pixels)
     pictures = torch.stack([fills[number] for number in sorted(fills)])
     write_grid(
         folder / f"{iteration:06d}.png",
@@ -115,31 +149,30 @@ def _write(
         {
             "id": triple.id,
             "prompt": triple.prompt,
-            "reward": float(rewards_N[number]) if rewards_N[number].isfinite() else None,
-            **{name: float(values[number]) for name, values in scores.items() if values[number].isfinite()},
+            **{name: float(values[number]) if values[number].isfinite() else None for name, values in of_each.items()},
         }
         for number, triple in enumerate(triples)
     ]
     (folder / f"{iteration:06d}.json").write_text(json.dumps(rows, indent=1))
 
 
-def read_rewards(folder: Path, iteration: int) -> Tensor:
-    """The held-out rewards [N] that an evaluation wrote, NaN where scoring failed."""
+def read_values(folder: Path, iteration: int, name: str) -> Tensor:
+    """What an evaluation wrote of each sample [N], such as ``reward`` or ``loss``; NaN where scoring failed."""
     rows = json.loads((folder / f"{iteration:06d}.json").read_text())
-    return torch.tensor([math.nan if row["reward"] is None else row["reward"] for row in rows])
+    return torch.tensor([math.nan if row[name] is None else row[name] for row in rows])
 
 
-def draw_before_after(folder: Path, path: Path, last: int, rows: Sequence[Triple], size: int) -> None:
+def draw_before_after(folder: Path, path: Path, last: int, rows: Sequence[Triple], pixels: tuple[int, int]) -> None:
     """Draw masked | base fill | trained fill | original from the tiles of the first and the last evaluation."""
     names = sorted(tile.name for tile in (folder / f"{last:06d}").iterdir())
-    masked, originals = _inputs([rows[int(Path(name).stem) % len(rows)] for name in names], size)
+    masked, originals = _inputs([rows[int(Path(name).stem) % len(rows)] for name in names], pixels)
     before, after = (
         torch.stack([read_png(folder / f"{iteration:06d}" / name) for name in names]) for iteration in (0, last)
     )
     write_grid(path, [("masked", masked), ("before", before), ("after", after), ("original", originals)])
 
 
-def _inputs(triples: Sequence[Triple], size: int) -> tuple[Tensor, Tensor]:
-    batch = load(triples, size)
+def _inputs(triples: Sequence[Triple], pixels: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    batch = load(triples, pixels)
     grey = blank_holes(batch.images_BCHW.float() - 127.5, batch.holes_B1HW) + 127.5
     return grey.to(torch.uint8), batch.images_BCHW

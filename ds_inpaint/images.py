@@ -15,16 +15,16 @@ from ds_inpaint.pixels import HOLE_THRESHOLD
 LABEL_HEIGHT = 16
 
 
-def read_triple(image: Path, mask: Path, size: int, source: str) -> tuple[Tensor, Tensor]:
-    """Read an image and its mask as a centred square, aspect kept.
+def read_triple(image: Path, mask: Path, pixels: tuple[int, int], source: str) -> tuple[Tensor, Tensor]:
+    """Read the centre of an image and its mask, aspect kept.
 
     Args:
         image, mask: files of equal pixel size; the mask's white marks the region to fill.
-        size: side of the result in pixels; the shorter side is scaled to it, the longer one cropped.
+        pixels: height and width of the result; the picture is scaled to cover it, and what stands over cropped.
         source: ``file:line`` of the dataset row, for messages.
 
     Returns:
-        uint8 [3, size, size] and bool [1, size, size], True = fill.
+        uint8 [3, height, width] and bool [1, height, width], True = fill.
 
     Raises:
         InputError: a file is missing or no image, sizes differ, or the crop holds no hole or nothing else.
@@ -35,14 +35,14 @@ def read_triple(image: Path, mask: Path, size: int, source: str) -> tuple[Tensor
             f"{source}: image {image} is {_pixels(picture)} but mask {mask} is {_pixels(stencil)}; "
             f"make both the same size."
         )
-    pixels = _tensor(_centre_square(picture, size, Image.Resampling.LANCZOS))
-    hole = _tensor(_centre_square(stencil, size, Image.Resampling.NEAREST)) > HOLE_THRESHOLD
+    image_3HW = _tensor(_centre(picture, pixels, Image.Resampling.LANCZOS))
+    hole = _tensor(_centre(stencil, pixels, Image.Resampling.NEAREST)) > HOLE_THRESHOLD
     if not hole.any() or hole.all():
         raise InputError(
             f"{source}: mask {mask} leaves {'everything' if hole.all() else 'nothing'} to fill after the "
-            f"centred square crop; white (above {HOLE_THRESHOLD}) must mark a part of the picture."
+            f"centred crop; white (above {HOLE_THRESHOLD}) must mark a part of the picture."
         )
-    return pixels, hole
+    return image_3HW, hole
 
 
 def write_png(path: Path, image_CHW: Tensor) -> None:
@@ -91,12 +91,13 @@ def _pixels(image: Image.Image) -> str:
     return f"{image.width}x{image.height} pixels"
 
 
-def _centre_square(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    resized = image if (width, height) == image.size else image.resize((width, height), resampling)
-    return resized.crop((left, top, left + size, top + size))
+def _centre(image: Image.Image, pixels: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
+    height, width = pixels
+    scale = max(height / image.height, width / image.width)
+    covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    resized = image if covering == image.size else image.resize(covering, resampling)
+    left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
+    return resized.crop((left, top, left + width, top + height))
 
 
 def _tensor(image: Image.Image) -> Tensor:

@@ -91,8 +91,8 @@ def found(node: Node) -> str:
 def cure(kind: Any, node: Node, bounds: Bounds) -> str:
     """What to write instead, where that can be told, as sentences with a space before each."""
     kinds, value, written = alternatives(kind), node.value, node.written
-    scalar = written and value is not None
-    bracketed = f" Put it in brackets: [{written}]." if scalar and list in map(shape, kinds) else ""
+    misplaced = written and value is not None and not any(accepts(each, value) for each in kinds)
+    bracketed = f" Put it in brackets: [{written}]." if misplaced and list in map(shape, kinds) else ""
     if isinstance(value, str):
         choices = [*(bounds.choices or ()), *(choice for each in kinds for choice in _literals(each))]
         number = _number(written, float in kinds) if {int, float} & set(kinds) else None

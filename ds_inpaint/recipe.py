@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ds_inpaint import schema
+from ds_inpaint.algorithm import Algorithm
 from ds_inpaint.data import Data
-from ds_inpaint.engine import EngineSection, OptimizerSection
 from ds_inpaint.heldout import Evaluation
 from ds_inpaint.key_types import did_you_mean
-from ds_inpaint.keys import REQUIRED, door, key
+from ds_inpaint.keys import REQUIRED, Impossible, door, key
+from ds_inpaint.optimizer import OptimizerSection
 from ds_inpaint.rewards import Rewards
+from ds_inpaint.slots import Ema
 from ds_inpaint.tracking import Tracking
+from ds_inpaint.zero_config import EngineSection
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,21 @@ class Recipe:
     algorithm: Any = door("ds_inpaint.algorithms", "What is learned from.")
     rewards: Rewards = key(REQUIRED, "What is rewarded, and where it is scored.")
     optimizer: OptimizerSection = key(OptimizerSection, "Update rule.")
+    ema: Ema = key(Ema, "Moving average of the weights, for evaluation and export.")
     engine: EngineSection = key(EngineSection, "How the model fits the machines.")
     evaluation: Evaluation = key(Evaluation, "Held-out evaluation.")
     checkpoint: Checkpoint = key(Checkpoint, "Checkpoints.")
     tracking: Tracking = key(Tracking, "Where metrics go beside metrics.jsonl.")
 
     def __post_init__(self) -> None:
+        for name, sampler in (("sampler", self.sampler), ("evaluation.sampler", self.evaluation.sampler)):
+            if sampler is not None and sampler.process is not self.model.process:
+                raise Impossible(
+                    f"{name}.name",
+                    f"this sampler is for models of {sampler.process.__name__}, but the model given is one of "
+                    f"{self.model.process.__name__}. Use ddim for Stable Diffusion; flow_sde, dance_sde, cps or ode "
+                    f"for Flux.",
+                )
         self.algorithm.check(self.sampler)
 
 
@@ -85,14 +97,15 @@ def _missing(file: Path) -> str:
     return f"{file} {found} (looked in {Path.cwd()}).{close} Give a JSONL file."
 
 
-def _uneven(batch: int, algorithm: Any, world_size: int) -> str | None:
-    """Why the samples of an iteration cannot be dealt out evenly; None when they can."""
-    per_triple, updates = algorithm.samples_per_triple, algorithm.updates_per_rollout
-    samples, parts = batch * per_triple, world_size * updates
-    if samples % parts == 0:
+def _uneven(batch: int, algorithm: Algorithm, world_size: int) -> str | None:
+    """Why the work of an iteration cannot be dealt out evenly; None when it can."""
+    pieces, updates = algorithm.dealt_per_triple, algorithm.updates_per_rollout
+    dealt, parts = batch * pieces, world_size * updates
+    if dealt % parts == 0:
         return None
+    counted = f"{batch} triples x {pieces} samples = {dealt} do" if pieces > 1 else f"{batch} triples do"
     return (
-        f"{batch} triples x {per_triple} samples = {samples} do not divide among {world_size} ranks x {updates} "
-        f"updates per rollout. Give a multiple of {parts // math.gcd(parts, per_triple)}, or change the samples "
-        f"per triple, the updates per rollout or the number of ranks."
+        f"{counted} not divide among {world_size} ranks x {updates} updates per rollout. Give a multiple of "
+        f"{parts // math.gcd(parts, pieces)}, or change the samples per triple, the updates per rollout or the "
+        f"number of ranks."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,35 @@ from torch import Tensor
 
 from ds_inpaint.data import load
 from ds_inpaint.distributed import Ranks
+from ds_inpaint.gaussian import Schedule
 from ds_inpaint.noise import sample_noise
 from ds_inpaint.pixels import paste_known, to_bytes
+from ds_inpaint.regions import EVERYWHERE, Focus
 from ds_inpaint.rewards import RewardClient
-from ds_inpaint.scores import Scores, concatenate, in_sample_order
-from ds_inpaint.values import Batch, Condition, Policy, Schedule, Triple
+from ds_inpaint.scores import Scores, concatenate, sample_order
+from ds_inpaint.values import Batch, Condition, Policy, Triple
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """This rank's samples of an iteration, their triples loaded and encoded; row r is triple ``owners[r]``."""
+
+    group_size: int
+    """Samples per triple; sample i belongs to triple i // group_size."""
+    parts: Sequence[Sequence[int]]
+    """This rank's sample numbers, one list per update."""
+    owners: tuple[int, ...]
+    batch: Batch
+    condition: Condition
+
+    def micro_batches(self, size: int) -> list[list[tuple[int, ...]]]:
+        """Sample numbers of each part, cut into micro-batches."""
+        return [[tuple(part[start : start + size]) for start in range(0, len(part), size)] for part in self.parts]
+
+    def rows_n(self, samples: Sequence[int]) -> Tensor:
+        """The row of each sample's triple, int64 [n]."""
+        row_of = {owner: row for row, owner in enumerate(self.owners)}
+        return torch.tensor([row_of[sample // self.group_size] for sample in samples])
 
 
 @dataclass(frozen=True)
@@ -27,6 +51,7 @@ class Chunk:
     """Their numbers among the N samples of the iteration."""
     condition: Condition
     """One row per sample."""
+    focus: Focus
     latents_nKCHW: Tensor
     """Latents before each recorded step; float32, as bf16 would falsify the log-probs."""
     next_nKCHW: Tensor
@@ -46,6 +71,8 @@ class Rollouts:
     """Micro-batches, one list per update."""
     scores: Scores
     """Of all N samples over all ranks, in sample order; the same on every rank."""
+    areas_N: Tensor
+    """Share of the pixels that each sample had to fill, likewise of all N."""
     seconds: dict[str, float]
 
     @property
@@ -62,102 +89,126 @@ class Rollout:
     schedule: Schedule
     ranks: Ranks
     seed: int
-    size: int
-    """Side of the images in pixels."""
+    pixels: tuple[int, int]
+    """Height and width of the images."""
     micro_batch: int
 
-    def share(self, count: int, updates: int = 1) -> list[list[int]]:
-        """This rank's sample numbers for each of an iteration's updates.
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, h, w) of one sample's latents."""
+        return self.policy.latent_shape(*self.pixels)
 
-        A rank takes a run of consecutive samples; an update takes every ``updates``-th sample, whoever
-        holds it, so that up to G updates each see every group. Needs ``count`` divisible by ranks x updates.
+    def share(self, count: int, updates: int = 1) -> list[list[int]]:
+        """This rank's of ``count`` things, samples or triples, for each of an iteration's updates.
+
+        A rank takes a run of consecutive ones; an update takes every ``updates``-th, whoever holds it, so that
+        up to G updates each see every group. Needs ``count`` divisible by ranks x updates.
         """
         per_rank = count // self.ranks.world_size
         mine = range(self.ranks.rank * per_rank, (self.ranks.rank + 1) * per_rank)
-        return [[sample for sample in mine if sample % updates == update] for update in range(updates)]
+        return [[number for number in mine if number % updates == update] for update in range(updates)]
+
+    def prepare(self, triples: Sequence[Triple], group_size: int, parts: Sequence[Sequence[int]]) -> Prepared:
+        """Load and encode the triples of this rank's samples.
+
+        Each triple is encoded alone: a batch would round differently for each number of ranks.
+
+        Args:
+            triples: all triples of the iteration.
+            group_size: samples per triple.
+            parts: this rank's sample numbers, one list per update.
+
+        Raises:
+            InputError: on all ranks together, whichever met an image or mask that cannot be used.
+        """
+        owners = sorted({sample // group_size for part in parts for sample in part})
+        with self.ranks.together():
+            batch = load([triples[owner] for owner in owners], self.pixels)
+        conditions = [self.policy.encode(batch.rows(slice(row, row + 1))) for row in range(len(owners))]
+        return Prepared(group_size, parts, tuple(owners), batch, Condition.concatenate(conditions))
 
     def run(
         self,
-        triples: Sequence[Triple],
-        group_size: int,
-        parts: Sequence[Sequence[int]],
+        prepared: Prepared,
         rewards: RewardClient,
         *,
         purpose: str,
         iteration: int,
         record: Sequence[int] = (),
+        focus: Callable[[Tensor], Focus] = lambda holes_n1HW: EVERYWHERE,
+        same_start: bool = False,
     ) -> Rollouts:
         """Generate and score this rank's samples; scoring overlaps the generation of later micro-batches.
 
         Args:
-            triples: all triples of the iteration; sample i belongs to triple i // group_size.
-            group_size: samples per triple.
-            parts: this rank's sample numbers, see ``share``; a micro-batch never spans two parts.
+            prepared: the samples; a micro-batch never spans two parts.
             rewards: where images are scored.
             purpose, iteration: seed the noise, together with the sample number.
             record: sampler steps to keep for training, ascending.
+            focus: where to draw noise and take log-probs, given the micro-batch's holes, bool [n, 1, H, W].
+            same_start: whether a group starts from one initial noise.
 
         Raises:
-            InputError, RewardsUnavailable: on all ranks together, whichever rank met it.
+            RewardsUnavailable: on all ranks together, whichever rank met it.
         """
         started = time.perf_counter()
-        samples = [sample for part in parts for sample in part]
-        plan = [_split(part, self.micro_batch) for part in parts]
+        plan = prepared.micro_batches(self.micro_batch)
+        samples = [sample for part in prepared.parts for sample in part]
         forwards = sum(map(len, plan)) * len(self.schedule.times_T)
         self.ranks.agree(purpose, samples=len(samples), forwards=forwards)
-        owners = sorted({sample // group_size for sample in samples})
-        with self.ranks.together():
-            batch = load([triples[owner] for owner in owners], self.size)
-        condition = self._encode(batch)
-        row_of = {owner: row for row, owner in enumerate(owners)}
         tickets = []
 
         def chunk_of(numbers: tuple[int, ...]) -> Chunk:
-            rows_n = torch.tensor([row_of[number // group_size] for number in numbers])
-            noise = sample_noise(self.seed, purpose, iteration, numbers, self._noise_shape())
-            chunk = self._generate(batch, condition, rows_n, numbers, noise, record)
-            tickets.append(rewards.submit(**_request(chunk, batch, rows_n)))
+            noise = self._noise(numbers, purpose, iteration, prepared.group_size if same_start else 1)
+            chunk = self._generate(prepared, numbers, noise, record, focus)
+            tickets.append(rewards.submit(**_request(chunk, prepared)))
             return chunk
 
         chunks = [[chunk_of(numbers) for numbers in part] for part in plan]
         generated = time.perf_counter()
         with self.ranks.together():
             scores = [rewards.collect(ticket) for ticket in tickets]
-        everyone = self.ranks.gather((samples, concatenate(scores)))
-        numbers = [number for part, _ in everyone for number in part]
-        total = in_sample_order(numbers, concatenate([part for _, part in everyone]))
+        areas = prepared.batch.holes_B1HW.float().mean((1, 2, 3))[prepared.rows_n(samples)]
+        everyone = self.ranks.gather((samples, concatenate(scores), areas))
+        order_N = sample_order([number for numbers, _, _ in everyone for number in numbers])
+        total = concatenate([part for _, part, _ in everyone]).rows(order_N)
         rewards.require_enough_valid(total)
         finished = time.perf_counter()
-        seconds = {"seconds/rollout": generated - started, "seconds/rewards": finished - generated}
-        return Rollouts(chunks, total, seconds)
-
-    def _noise_shape(self) -> tuple[int, ...]:
-        return (len(self.schedule.times_T) + 1, *self.policy.latent_shape(self.size, self.size))
-
-    def _encode(self, batch: Batch) -> Condition:
-        """Encode each triple alone: a batch would round differently for each number of ranks."""
-        return Condition.concatenate(
-            [self.policy.encode(batch.rows(slice(row, row + 1))) for row in range(len(batch.ids))]
+        return Rollouts(
+            chunks,
+            total,
+            torch.cat([part for _, _, part in everyone])[order_N],
+            {"seconds/rollout": generated - started, "seconds/rewards": finished - generated},
         )
+
+    def _noise(self, numbers: Sequence[int], purpose: str, iteration: int, sharing: int) -> Tensor:
+        """[n, T + 1, C, h, w]: the start, which every ``sharing`` consecutive samples share, then each step's."""
+        steps = (len(self.schedule.times_T) + 1, *self.latent_shape)
+        noise_nTCHW = sample_noise(self.seed, purpose, iteration, numbers, steps)
+        if sharing > 1:
+            groups = [number // sharing for number in numbers]
+            noise_nTCHW[:, 0] = sample_noise(self.seed, f"{purpose} start", iteration, groups, self.latent_shape)
+        return noise_nTCHW
 
     @torch.no_grad()
     def _generate(
         self,
-        batch: Batch,
-        condition: Condition,
-        rows_n: Tensor,
+        prepared: Prepared,
         numbers: tuple[int, ...],
         noise_nTCHW: Tensor,
         record: Sequence[int],
+        focus: Callable[[Tensor], Focus],
     ) -> Chunk:
-        device = self.ranks.device
-        given = condition.rows(rows_n.to(device))
+        device, rows_n = self.ranks.device, prepared.rows_n(numbers)
+        given = prepared.condition.rows(rows_n.to(device))
+        images, holes = prepared.batch.images_BCHW[rows_n].to(device), prepared.batch.holes_B1HW[rows_n].to(device)
+        focused = focus(holes)
         noise_nTCHW = noise_nTCHW.to(device)
         latents = noise_nTCHW[:, 0]
         before, after, log_probs = [], [], []
-        for step, time_of_step in enumerate(self.schedule.times_T.tolist()):
-            prediction = self.policy.predict(latents, time_of_step, given)
-            transition = self.schedule.transition(prediction, latents, step)
+        for step in range(len(self.schedule.times_T)):
+            prediction = self.policy.predict(latents, self.schedule.times_N(step, latents), given, guided=True)
+            transition = self.schedule.transition(prediction, latents, step, focused)
             following = transition.sample(noise_nTCHW[:, step + 1])
             if step in record:
                 before.append(latents)
@@ -165,10 +216,10 @@ class Rollout:
                 log_probs.append(transition.log_prob_N(following))
             latents = following
         raw = to_bytes(self.policy.decode(latents))
-        images, holes = batch.images_BCHW[rows_n].to(device), batch.holes_B1HW[rows_n].to(device)
         return Chunk(
             samples=numbers,
             condition=given,
+            focus=focused,
             latents_nKCHW=_stack(before, latents),
             next_nKCHW=_stack(after, latents),
             log_probs_nK=torch.stack(log_probs, 1) if log_probs else latents.new_zeros(len(latents), 0),
@@ -177,16 +228,13 @@ class Rollout:
         )
 
 
-def _split(samples: Sequence[int], size: int) -> list[tuple[int, ...]]:
-    return [tuple(samples[start : start + size]) for start in range(0, len(samples), size)]
-
-
 def _stack(steps: list[Tensor], like_nCHW: Tensor) -> Tensor:
     return torch.stack(steps, 1) if steps else like_nCHW.new_zeros(len(like_nCHW), 0, *like_nCHW.shape[1:])
 
 
-def _request(chunk: Chunk, batch: Batch, rows_n: Tensor) -> dict[str, Any]:
+def _request(chunk: Chunk, prepared: Prepared) -> dict[str, Any]:
     """What the scorers are sent: channels last, uint8; mask 255 = filled."""
+    batch, rows_n = prepared.batch, prepared.rows_n(chunk.samples)
     rows = rows_n.tolist()
     return {
         "raw_NHWC": chunk.raw_nCHW.movedim(1, -1),

@@ -18,11 +18,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ds_inpaint.engine import setup
 from ds_inpaint.errors import DsInpaintError
 from ds_inpaint.recipe import load_recipe
 from ds_inpaint.run_folder import open_run_folder
 from ds_inpaint.trainer import train
+from ds_inpaint.zero_config import setup
 
 SECONDS_FOR_RANK_0 = 20.0
 """A launcher ends all ranks once one has left, so the others let rank 0 say first why it stops. Until it does

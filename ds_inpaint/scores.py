@@ -55,7 +55,7 @@ def concatenate(parts: Sequence[Scores]) -> Scores:
     )
 
 
-def in_sample_order(numbers: Sequence[int], scores: Scores) -> Scores:
-    """The scores of samples 0 to N - 1, given in any order as ``numbers``; a repeated sample counts once."""
+def sample_order(numbers: Sequence[int]) -> Tensor:
+    """Where samples 0 to N - 1 stand among ``numbers``, int64 [N]; a repeated sample counts once."""
     place = {number: index for index, number in enumerate(numbers)}
-    return scores.rows(torch.tensor([place[number] for number in range(len(place))]))
+    return torch.tensor([place[number] for number in range(len(place))])

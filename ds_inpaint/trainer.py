@@ -5,12 +5,11 @@ from __future__ import annotations
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ds_inpaint.data import read_rows, rows_of_iteration
@@ -18,16 +17,17 @@ from ds_inpaint.distributed import Ranks
 from ds_inpaint.embedded_server import EmbeddedServer
 from ds_inpaint.engine import Engine
 from ds_inpaint.errors import InputError, RewardsUnavailable
-from ds_inpaint.heldout import draw_before_after, evaluate, mean_and_error, read_rewards
+from ds_inpaint.heldout import draw_before_after, evaluate, mean_and_error, read_values
+from ds_inpaint.meter import Meter, over_updates
 from ds_inpaint.plots import draw_reward_curve
 from ds_inpaint.recipe import Recipe
 from ds_inpaint.rewards import EMBEDDED, RewardClient, Rewards
 from ds_inpaint.rollout import Rollout
 from ds_inpaint.schema import plain
+from ds_inpaint.sharded_load import create
+from ds_inpaint.slots import EMA
 from ds_inpaint.tracking import Tracker, read_metrics
-from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from ds_inpaint.values import Experiences, Placement, Policy, Sampler, Triple
 
 
 def train(recipe: Recipe, ranks: Ranks) -> None:
@@ -77,11 +77,15 @@ def _connect(recipe: Rewards, folder: Path, ranks: Ranks, stack: ExitStack) -> R
 
 def _build(recipe: Recipe, ranks: Ranks) -> tuple[Policy, Engine]:
     """Load the model and put its denoiser into a ZeRO engine."""
+    placement = Placement(
+        ranks.device,
+        recipe.engine.dtype,
+        recipe.engine.activation_checkpointing,
+        lambda build, folder: create(build, folder, recipe.engine, ranks),
+    )
     with ranks.together():
-        policy = recipe.model.load(
-            ranks.device, DTYPES[recipe.engine.precision], recipe.engine.activation_checkpointing
-        )
-        policy.latent_shape(recipe.data.size, recipe.data.size)
+        policy = recipe.model.load(placement)
+        policy.latent_shape(*recipe.data.pixels)
     engine = Engine(
         policy.denoiser,
         recipe.engine,
@@ -89,6 +93,7 @@ def _build(recipe: Recipe, ranks: Ranks) -> tuple[Policy, Engine]:
         ranks,
         total_steps=recipe.run.iterations * recipe.algorithm.updates_per_rollout,
         leaf_classes=recipe.model.leaf_blocks,
+        ema=recipe.ema,
     )
     if recipe.algorithm.uses_reference:
         engine.save_slot("reference")
@@ -111,31 +116,6 @@ class Progress:
 
 
 @dataclass
-class Meter:
-    """Sums what the micro-batches of an update report, without waiting for the device."""
-
-    shares: dict[str, Tensor] = field(default_factory=dict)
-    maxima: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, loss: Loss) -> None:
-        """Take in one micro-batch."""
-        for name, value in loss.shares.items():
-            self.shares[name] = self.shares[name] + value if name in self.shares else value
-        for name, value in loss.maxima.items():
-            self.maxima[name] = self.maxima[name].maximum(value) if name in self.maxima else value
-
-    def total(self, ranks: Ranks) -> dict[str, float]:
-        """Means and maxima of the update over all ranks."""
-        return _reduced(self.shares, ranks.sum) | _reduced(self.maxima, ranks.max)
-
-
-def _reduced(values: dict[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    if not values:
-        return {}
-    return dict(zip(values, reduce(torch.stack([value.double() for value in values.values()])).tolist(), strict=True))
-
-
-@dataclass
 class TrainingRun:
     """The parts of a run in progress."""
 
@@ -155,10 +135,10 @@ class TrainingRun:
     def _rollout(self, sampler: Sampler) -> Rollout:
         return Rollout(
             self.policy,
-            sampler.schedule(self.policy.process),
+            sampler.schedule(self.policy.process(*self.recipe.data.pixels)),
             self.ranks,
             self.recipe.run.seed,
-            self.recipe.data.size,
+            self.recipe.data.pixels,
             self.recipe.engine.micro_batch,
         )
 
@@ -213,6 +193,9 @@ class TrainingRun:
             if first and not totals:
                 self.recipe.algorithm.doctor(total)
             step = self.engine.step()
+            every = self.recipe.algorithm.reference_every
+            if every and step.applied and step.updates % every == 0:
+                self.engine.save_slot("reference")
             totals.append(
                 {
                     **total,
@@ -223,7 +206,7 @@ class TrainingRun:
             )
         return {
             **experiences.metrics,
-            **_over_updates(totals, maxima),
+            **over_updates(totals, maxima),
             "seconds/update": time.perf_counter() - started,
         }
 
@@ -237,9 +220,13 @@ class TrainingRun:
         if every and (last or done % every == 0):
             self.save(Progress(done))
 
+    def deployed_weights(self) -> AbstractContextManager[None]:
+        """A context in which the engine computes with what users will get: the moving average, if there is one."""
+        return self.engine.weights(EMA) if self.recipe.ema.decay > 0 else nullcontext()
+
     def evaluate(self, progress: Progress) -> dict[str, float]:
         """Held-out metrics of the current weights."""
-        with self.saved_if_stopped(progress):
+        with self.saved_if_stopped(progress), self.deployed_weights():
             heldout = evaluate(
                 self.evaluation,
                 self.rewards,
@@ -277,26 +264,26 @@ class TrainingRun:
 
     def finish(self) -> None:
         """Export the model, draw the pictures and say what was reached and where it lies."""
-        weights = self.engine.state_dict()
+        with self.deployed_weights():
+            weights = self.engine.state_dict()
         if weights is None:
             return
         self.policy.export(weights, self.folder / "export")
         total, samples = self.recipe.run.iterations, self.folder / "samples"
-        draw_before_after(samples, self.folder / "before_after.png", total, self.heldout_rows, self.recipe.data.size)
+        draw_before_after(samples, self.folder / "before_after.png", total, self.heldout_rows, self.recipe.data.pixels)
         draw_reward_curve(
             self.folder / "reward_curve.png",
             read_metrics(self.folder / "metrics.jsonl"),
             self.recipe.run.name,
         )
-        print(self.report(read_rewards(samples, 0), read_rewards(samples, total)), flush=True)
+        print(self.report(), flush=True)
 
-    def report(self, before_N: Tensor, after_N: Tensor) -> str:
-        """The last words of a run; the gain is a paired difference over the same triples and noise."""
-        (before, before_error), (after, after_error) = mean_and_error(before_N), mean_and_error(after_N)
-        gain, gain_error = mean_and_error(after_N - before_N)
+    def report(self) -> str:
+        """The last words of a run; changes are paired differences over the same triples and noise."""
+        samples, total = self.folder / "samples", self.recipe.run.iterations
         return (
-            f"held-out reward  {before:.4f} +- {before_error:.4f} before, {after:.4f} +- {after_error:.4f} after\n"
-            f"paired gain      {gain:+.4f} +- {gain_error:.4f} over {len(after_N)} held-out samples\n"
+            f"{_change('held-out reward', read_values(samples, 0, 'reward'), read_values(samples, total, 'reward'))}\n"
+            f"{_change('held-out loss', read_values(samples, 0, 'loss'), read_values(samples, total, 'loss'))}\n"
             f"before and after {self.folder / 'before_after.png'}\n"
             f"reward curve     {self.folder / 'reward_curve.png'}\n"
             f"metrics          {self.folder / 'metrics.jsonl'}\n"
@@ -304,10 +291,9 @@ class TrainingRun:
         )
 
 
-def _over_updates(totals: Sequence[dict[str, float]], maxima: set[str]) -> dict[str, float]:
-    """Means over the optimizer steps of an iteration; the largest of what is a maximum."""
-    return {
-        name: max(values) if name in maxima else sum(values) / len(values)
-        for name in totals[0]
-        for values in [[total[name] for total in totals]]
-    }
+def _change(what: str, before_N: Tensor, after_N: Tensor) -> str:
+    difference, error = mean_and_error(after_N - before_N)
+    return (
+        f"{what:16} {mean_and_error(before_N)[0]:.4f} before, {mean_and_error(after_N)[0]:.4f} after: "
+        f"{difference:+.4f} +- {error:.4f} over {len(after_N)} samples"
+    )

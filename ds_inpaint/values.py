@@ -9,16 +9,17 @@ Lower case n is the part of N in one micro-batch. Sample i belongs to triple i /
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ds_inpaint.gaussian import Transition
+from ds_inpaint.gaussian import Schedule
+from ds_inpaint.processes import Process
 
 E = TypeVar("E")
 
@@ -70,41 +71,31 @@ class Condition:
         return Condition({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
 
 
-class Schedule(Protocol):
-    """A sampler bound to a noise schedule: T steps from pure noise to an image's latent."""
-
-    times_T: Tensor
-    """What the denoiser is told at each step; float32 on the CPU."""
-    trainable_steps: tuple[int, ...]
-    """Steps that draw noise, and so have a log-prob to learn from."""
-
-    def transition(self, prediction_NCHW: Tensor, latents_NCHW: Tensor, step: int) -> Transition:
-        """The distribution of the next latents, given the denoiser's prediction at ``step``."""
-        ...
-
-
 @dataclass(frozen=True)
-class DiscreteDiffusion:
-    """A variance-preserving diffusion with an eps-predicting denoiser (DDPM, 2006.11239)."""
+class Placement:
+    """Where and how a model is loaded."""
 
-    alphas_cumprod: Tensor
-    """float32 [1000] on the CPU; bf16 would be off by 13 % at t = 5."""
-    steps_offset: int
-    """Added to every timestep (1 for Stable Diffusion 1.5)."""
-    final_alpha_cumprod: float
-    """alpha-bar that the last step arrives at."""
+    device: torch.device
+    dtype: torch.dtype
+    """Numbers that the denoiser and the frozen parts compute in."""
+    activation_checkpointing: bool
+    create: Callable[[Callable[[], nn.Module], Path], nn.Module]
+    """Builds the denoiser with the weights of a diffusers folder, divided among the ranks if the engine does so."""
 
 
 class Sampler(Protocol):
     """A sampler as the recipe declares it; one class per file of ``samplers/``."""
 
+    process: ClassVar[type]
+    """The process whose denoisers it can use."""
+
     @property
     def trainable_steps(self) -> tuple[int, ...]:
-        """Steps that draw noise, and so have a log-prob to learn from."""
+        """Steps with a log-prob to learn from: those that draw noise, without the last."""
         ...
 
-    def schedule(self, process: DiscreteDiffusion) -> Schedule:
-        """Bind to a model's noise schedule."""
+    def schedule(self, process: Any) -> Schedule:
+        """Bind to the process of a model."""
         ...
 
 
@@ -116,16 +107,18 @@ class Denoiser(Protocol):
         ...
 
     def weights(self, slot: str) -> AbstractContextManager[None]:
-        """A context in which the network computes with other weights."""
+        """A context, without gradients, in which the network computes with other weights."""
         ...
 
 
 class Policy(Protocol):
     """An inpainting model under training, as every algorithm sees it; one class per model family."""
 
-    process: DiscreteDiffusion
-    """The diffusion maths that the denoiser speaks."""
     denoiser: Denoiser
+
+    def process(self, height: int, width: int) -> Process:
+        """The diffusion maths that the denoiser speaks, for images of that many pixels."""
+        ...
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape (C, h, w) of the latents of one image of that many pixels."""
@@ -135,16 +128,21 @@ class Policy(Protocol):
         """Encode text, mask and masked image of each triple, without gradient."""
         ...
 
-    def predict(self, latents_NCHW: Tensor, time: float, condition: Condition) -> Tensor:
-        """The denoiser's guided prediction, float32, for latents at one time."""
+    def encode_images(self, images_NCHW: Tensor) -> Tensor:
+        """Latents, float32, of whole uint8 images, without gradient; the mode of the posterior."""
+        ...
+
+    def predict(self, latents_NCHW: Tensor, times_N: Tensor, condition: Condition, *, guided: bool) -> Tensor:
+        """The denoiser's prediction, float32, for latents at the process's times (float32 [N]).
+
+        Args:
+            guided: with classifier-free guidance, as samples are drawn; or without, as denoising losses are
+                about. A family whose guidance is an input of the denoiser gives it in both cases.
+        """
         ...
 
     def decode(self, latents_NCHW: Tensor) -> Tensor:
         """Images in [0, 1], float32 [N, 3, H, W], without gradient."""
-        ...
-
-    def as_reference(self) -> AbstractContextManager[None]:
-        """A context in which ``predict`` answers for the frozen reference weights."""
         ...
 
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:

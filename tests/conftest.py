@@ -18,7 +18,7 @@ from ds_inpaint.photos import write_dataset
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-TINY_MODEL = Path("recipes/tiny/models/sd")
+TINY_MODELS = Path("recipes/tiny/models")
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import UNet2DConditionModel
 
     folder = tmp_path_factory.mktemp("small_sd")
-    shutil.copytree(TINY_MODEL, folder, dirs_exist_ok=True)
+    shutil.copytree(TINY_MODELS / "sd", folder, dirs_exist_ok=True)
     torch.manual_seed(0)
     UNet2DConditionModel(
         sample_size=16,
@@ -53,6 +53,28 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Flux model with a still smaller, random transformer of the same kinds of blocks."""
+    from diffusers import FluxTransformer2DModel
+
+    folder = tmp_path_factory.mktemp("small_flux")
+    shutil.copytree(TINY_MODELS / "flux", folder, dirs_exist_ok=True)
+    tiny = FluxTransformer2DModel.load_config(folder / "transformer")
+    torch.manual_seed(0)
+    FluxTransformer2DModel.from_config(
+        {
+            **tiny,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "axes_dims_rope": (4, 6, 6),
+        }
+    ).save_pretrained(folder / "transformer")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def reward_server() -> Iterator[str]:
     """Address of a server with the pixel scorers, inside the test process."""
     from reward_helpers import Servers
@@ -62,25 +84,56 @@ def reward_server() -> Iterator[str]:
     servers.close()
 
 
-@pytest.fixture(scope="session")
-def recipe(photos: Path, small_model: Path, reward_server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of a very small GRPO run; tests give it a name and a folder."""
-    path = tmp_path_factory.mktemp("recipe") / "grpo.yaml"
-    path.write_text(f"""\
-run: {{name: test, dir: {path.parent / "run"}, iterations: 3, seed: 3}}
-model: {{name: sd, path: {small_model}, guidance: 2.0}}
-data: {{train: {photos / "train.jsonl"}, heldout: {photos / "heldout.jsonl"}, size: 64, batch: 2}}
-sampler: {{name: ddim, steps: 4}}
-algorithm: {{name: grpo, group_size: 4, trained_steps: 2}}
+RECIPE = """\
+run: {{name: test, dir: {folder}/run, iterations: 3, seed: 3}}
+model: {model}
+data: {{train: {photos}/train.jsonl, heldout: {photos}/heldout.jsonl, size: 64, batch: 2}}
+sampler: {sampler}
+algorithm: {algorithm}
 rewards:
-  servers: ["{reward_server}"]
+  servers: ["{server}"]
   scorers: {{seam: 1.0, ring_texture: 0.1, known_fidelity: 0.0}}
 optimizer: {{learning_rate: 1.0e-4}}
 engine: {{precision: fp32, micro_batch: 4}}
 evaluation: {{samples: 3, every: 100, pictures: 2}}
 checkpoint: {{every: 0}}
-""")
-    return path
+"""
+MODELS = {"sd": "{{name: sd, path: {}, guidance: 2.0}}", "flux": "{{name: flux, path: {}, text_tokens: 16}}"}
+SAMPLERS = {"sd": "{name: ddim, steps: 4}", "flux": "{name: flow_sde, steps: 4}"}
+ALGORITHMS = {
+    "grpo": "{name: grpo, group_size: 4, trained_steps: 2}",
+    "dpo": "{name: dpo, group_size: 4, reference_every: 2}",
+    "sft": "{name: sft, prompt_dropout: 0.5}",
+}
+
+
+@pytest.fixture(scope="session")
+def recipes(
+    photos: Path, small_model: Path, small_flux: Path, reward_server: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Recipes of very small runs, as ``grpo_sd``; tests give them a name and a folder."""
+    folder = tmp_path_factory.mktemp("recipes")
+    paths = {}
+    for family, model in (("sd", small_model), ("flux", small_flux)):
+        for algorithm, keys in ALGORITHMS.items():
+            path = paths[f"{algorithm}_{family}"] = folder / f"{algorithm}_{family}.yaml"
+            path.write_text(
+                RECIPE.format(
+                    folder=folder,
+                    photos=photos,
+                    server=reward_server,
+                    model=MODELS[family].format(model),
+                    sampler=SAMPLERS[family],
+                    algorithm=keys,
+                )
+            )
+    return paths
+
+
+@pytest.fixture(scope="session")
+def recipe(recipes: dict[str, Path]) -> Path:
+    """A recipe of a very small GRPO run; tests give it a name and a folder."""
+    return recipes["grpo_sd"]
 
 
 def start_ranks(count: int, arguments: Sequence[str], log: Path) -> list[subprocess.Popen[bytes]]:
@@ -109,7 +162,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, Sequen
         log = tmp_path_factory.mktemp("ranks") / "log"
         ranks = start_ranks(count, arguments, log)
         try:
-            codes = [rank.wait(300) for rank in ranks]
+            codes = [rank.wait(1200) for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()

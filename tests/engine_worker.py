@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ds_inpaint.distributed import Ranks
-from ds_inpaint.engine import Engine, EngineSection, StepInfo, setup
+from ds_inpaint.engine import Engine, StepInfo
 from ds_inpaint.errors import DsInpaintError, InputError, PlanMismatch, RewardsUnavailable
 from ds_inpaint.optimizer import OptimizerSection
+from ds_inpaint.slots import EMA, NO_EMA, Ema
+from ds_inpaint.zero_config import EngineSection, setup
 
 SGD = OptimizerSection(name="sgd", learning_rate=0.5, weight_decay=0.0)
 ADAMW = OptimizerSection(learning_rate=0.05, schedule="cosine", warmup_steps=2)
@@ -38,17 +40,18 @@ SAMPLES = 16
 MICRO_BATCHES = 4
 LARGE, SMALL_ONES = 1024, 64
 """In bf16, 1024 + 1 is 1024."""
-SD_BLOCKS = ("diffusers.models.resnet.ResnetBlock2D", "diffusers.models.attention.BasicTransformerBlock")
+DECAY = 0.6
 
 
 class Net(nn.Module):
-    """Odd sizes, so that shards need padding; one frozen layer and one buffer."""
+    """Odd sizes, so that shards need padding; one frozen layer, the same for every seed, and one buffer."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
+        torch.manual_seed(17)
+        self.frozen = nn.Linear(13, 11).requires_grad_(False)
         torch.manual_seed(seed)
         self.body = nn.Sequential(nn.Linear(5, 13), nn.Tanh(), nn.Linear(13, 13), nn.Tanh())
-        self.frozen = nn.Linear(13, 11).requires_grad_(False)
         self.head = nn.Linear(11, 3)
         self.register_buffer("scale", torch.tensor([1.0, 2.0, 0.5]))
 
@@ -63,8 +66,10 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(SAMPLES, 5, generator=draw), torch.randn(SAMPLES, 3, generator=draw)
 
 
-def start(section: EngineSection, optimizer: OptimizerSection, ranks: Ranks, seed: int = 0) -> Engine:
-    return Engine(Net(seed), section, optimizer, ranks, total_steps=8)
+def start(
+    section: EngineSection, optimizer: OptimizerSection, ranks: Ranks, seed: int = 0, ema: Ema = NO_EMA
+) -> Engine:
+    return Engine(Net(seed), section, optimizer, ranks, total_steps=8, ema=ema)
 
 
 def accumulate(engine: Engine, seed: int = 0) -> float:
@@ -77,6 +82,16 @@ def accumulate(engine: Engine, seed: int = 0) -> float:
         losses.append((engine(inputs_NC) - targets_NC).square().sum() / targets.numel())
         engine.backward(losses[-1])
     return torch.stack(losses).sum().item()
+
+
+def slot(engine: Engine, name: str) -> list[Tensor]:
+    """This rank's shards of a slot."""
+    return engine._slots._slots[name]
+
+
+def masters(engine: Engine) -> list[Tensor]:
+    """This rank's shards of the fp32 weights."""
+    return [master.clone() for master in engine._slots._shards.masters]
 
 
 @torch.no_grad()
@@ -98,6 +113,11 @@ def same(one: dict[str, Tensor] | None, other: dict[str, Tensor] | None) -> bool
     if one is None or other is None:
         return one is other
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def bitwise(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Equality of each byte, so that padding, which is never set, may hold anything."""
+    return all(map(torch.equal, (each.view(torch.uint8) for each in one), (each.view(torch.uint8) for each in other)))
 
 
 def relative_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
@@ -140,7 +160,8 @@ def check_update(section: EngineSection, ranks: Ranks) -> dict[str, Any]:
     found: dict[str, Any] = {"norm": norm}
     for case, max_norm in {"free": 0.0, "clipped": norm / 4}.items():
         engine = start(replace(section, max_grad_norm=max_norm), SGD, ranks)
-        found["own_elements"] = sum(shard.numel() for shard in engine._shards())
+        engine.save_slot("start")
+        found["slot_elements"] = sum(shard.numel() for shard in slot(engine, "start"))
         found["all_elements"] = sum(each.numel() for each in gradient.values())
         accumulate(engine)
         found[f"{case}_step"] = engine.step()
@@ -163,6 +184,8 @@ def check_guards(section: EngineSection, ranks: Ranks) -> dict[str, str]:
         "backward_first": message(RuntimeError, lambda: engine.backward(torch.ones((), requires_grad=True))),
         "step_first": message(RuntimeError, engine.step),
         "unknown_slot": message(RuntimeError, lambda: engine.weights("nothing").__enter__()),
+        "no_average": message(RuntimeError, lambda: engine.weights(EMA).__enter__()),
+        "own_average": message(RuntimeError, lambda: engine.save_slot(EMA)),
     }
     engine.save_slot("start")
     with engine.weights("start"), torch.enable_grad():
@@ -210,23 +233,71 @@ def check_slots(section: EngineSection, ranks: Ranks) -> dict[str, bool]:
     return found
 
 
+def check_average(section: EngineSection, ranks: Ranks) -> dict[str, Any]:
+    """The moving average over three updates, with a skipped one between them."""
+    engine = start(section, replace(ADAMW, learning_rate=1e-4, warmup_steps=0), ranks, ema=Ema(DECAY))
+    average = [each.double() for each in masters(engine)]
+    found: dict[str, Any] = {"starts": bitwise(slot(engine, EMA), masters(engine)), "updates": []}
+    for number in range(4):
+        if number == 1:
+            before = [shard.clone() for shard in slot(engine, EMA)]
+            engine.backward(engine(batch()[0]).sum() * float("nan"))
+        else:
+            accumulate(engine, seed=number)
+        found["updates"].append(engine.step().updates)
+        if number == 1:
+            found["skipped"] = bitwise(slot(engine, EMA), before)
+        else:
+            average = [DECAY * one + (1 - DECAY) * other for one, other in zip(average, masters(engine), strict=True)]
+    found["fp32"] = all(shard.dtype == torch.float32 for shard in slot(engine, EMA))
+    found["closed_form"] = all(
+        torch.allclose(shard, wanted.float(), rtol=1e-6, atol=1e-9, equal_nan=True)  # padding is never set
+        for shard, wanted in zip(slot(engine, EMA), average, strict=True)
+    )
+    policy_weights, policy_outputs = engine.state_dict(), outputs(engine)
+    with engine.weights(EMA):
+        weights, averaged_outputs = engine.state_dict(), outputs(engine)
+    found["policy_is_back"] = same(engine.state_dict(), policy_weights) and torch.equal(outputs(engine), policy_outputs)
+    found["differs"] = not torch.equal(averaged_outputs, policy_outputs)
+    if weights is not None:
+        plain = Net(seed=1)
+        plain.load_state_dict(weights, assign=True)
+        found["outputs"] = torch.equal(plain(batch()[0]), averaged_outputs)
+    engine.close()
+    return found
+
+
+def check_rarer_average(ranks: Ranks) -> bool:
+    """Averaged at every second update, three updates take in the second alone."""
+    engine = start(FP32, SGD, ranks, ema=Ema(DECAY, every=2))
+    seen = [masters(engine)]
+    for seed in range(3):
+        accumulate(engine, seed)
+        engine.step()
+        seen.append(masters(engine))
+    wanted = [DECAY * first + (1 - DECAY) * second for first, second in zip(seen[0], seen[2], strict=True)]
+    found = all(map(torch.allclose, slot(engine, EMA), wanted))
+    engine.close()
+    return found
+
+
 def check_resume(section: EngineSection, ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Two updates, a checkpoint and two more; then the last two again from the checkpoint."""
 
     def two_updates(engine: Engine, first: int) -> list[tuple[float, StepInfo]]:
         return [(accumulate(engine, seed), engine.step()) for seed in (first, first + 1)]
 
-    engine = start(section, ADAMW, ranks)
+    engine = start(section, ADAMW, ranks, ema=Ema(DECAY))
     engine.save_slot("start")
     with engine.weights("start"):
         start_outputs = outputs(engine)
     first = two_updates(engine, 0)
     engine.save(folder, "000002", {"iterations": 2, "draws": torch.arange(2) + ranks.rank})
     second = two_updates(engine, 2)
-    end = engine.state_dict()
+    end, average = engine.state_dict(), slot(engine, EMA)
     engine.close()
 
-    engine = start(section, ADAMW, ranks, seed=1)
+    engine = start(section, ADAMW, ranks, seed=1, ema=Ema(DECAY))
     state = engine.load(folder)
     again = two_updates(engine, 2)
     found = {
@@ -235,6 +306,7 @@ def check_resume(section: EngineSection, ranks: Ranks, folder: Path) -> dict[str
         "state": state,
         "same_updates": again == second,
         "same_weights": same(engine.state_dict(), end),
+        "same_average": bitwise(slot(engine, EMA), average),
     }
     with engine.weights("start"):
         found["same_slot"] = torch.equal(outputs(engine), start_outputs)
@@ -244,11 +316,14 @@ def check_resume(section: EngineSection, ranks: Ranks, folder: Path) -> dict[str
 
 def check_refusals(ranks: Ranks, folder: Path) -> dict[str, str]:
     """Checkpoints that cannot be continued."""
-    engine = start(FP32, SGD, ranks)
+    engine = start(FP32, SGD, ranks, ema=Ema(DECAY))
     found = {
         "no_folder": message(InputError, lambda: engine.load(folder / "nowhere")),
         "other_stage": message(InputError, lambda: engine.load(folder / "zero2")),
     }
+    engine.close()
+    engine = start(FP32, SGD, ranks)
+    found["other_average"] = message(InputError, lambda: engine.load(folder / "zero3"))
     engine.close()
     return found
 
@@ -288,61 +363,6 @@ def check_many_micro_batches(section: EngineSection, ranks: Ranks) -> float:
     return ratio
 
 
-def tiny_unet() -> Any:
-    """The inpainting UNet of SD 1.5 in miniature."""
-    from diffusers import UNet2DConditionModel  # slow, and a single process does not need it
-
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=9,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-
-
-def check_unet(ranks: Ranks) -> dict[str, dict[str, float]]:
-    """Rollout and SGD update with the blocks as ZeRO-3 leaves, recomputing activations and not."""
-    torch.manual_seed(1)
-    latents, text = torch.randn(4, 9, 8, 8), torch.randn(4, 5, 8)
-    times, targets = torch.tensor([1.0, 9.0, 300.0, 999.0]), torch.randn(4, 4, 8, 8)
-    plain, unet = tiny_unet(), tiny_unet()
-    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=SGD.learning_rate)
-    engine = Engine(unet, FP32, SGD, ranks, total_steps=2, leaf_classes=SD_BLOCKS)
-    found: dict[str, dict[str, float]] = {}
-    for case in ("recomputed", "kept"):
-        before = {name: each.detach().clone() for name, each in plain.named_parameters()}
-        plain_optimizer.zero_grad()
-        wanted = plain(latents, times, text).sample
-        (wanted - targets).square().mean().backward()
-        plain_optimizer.step()
-
-        if case == "recomputed":
-            unet.enable_gradient_checkpointing()
-        else:
-            unet.enable_gradient_checkpointing(lambda block, *inputs: block(*inputs))
-        with torch.no_grad():
-            rolled_out = engine(latents, times, text, return_dict=False)[0]
-        for row in (2 * ranks.rank, 2 * ranks.rank + 1):
-            one = slice(row, row + 1)
-            prediction = engine(latents[one], times[one], text[one], return_dict=False)[0]
-            engine.backward((prediction - targets[one]).square().sum() / targets.numel())
-        engine.step()
-        after = engine.state_dict()
-        found[case] = {"rollout_error": relative_error({"": rolled_out}, {"": wanted})}
-        if after is not None:
-            moved = {name: after[name] - before[name] for name in before}
-            wanted_move = {name: each.detach() - before[name] for name, each in plain.named_parameters()}
-            found[case]["update_error"] = relative_error(moved, wanted_move)
-    engine.close()
-    return found
-
-
 def check_all(ranks: Ranks, folder: Path) -> dict[str, Any]:
     fp32 = {name: section for name, section in SECTIONS.items() if section.precision == "fp32"}
     bf16 = {name: section for name, section in SECTIONS.items() if section.precision == "bf16"}
@@ -352,11 +372,12 @@ def check_all(ranks: Ranks, folder: Path) -> dict[str, Any]:
         "update": {name: check_update(section, ranks) for name, section in fp32.items()},
         "guards": {name: check_guards(SECTIONS[name], ranks) for name in ("zero0", "zero3")},
         "slots": {name: check_slots(section, ranks) for name, section in SECTIONS.items()},
+        "average": {name: check_average(section, ranks) for name, section in stages.items()},
+        "rarer_average": check_rarer_average(ranks),
         "resume": {name: check_resume(section, ranks, folder / name) for name, section in stages.items()},
         "refusals": check_refusals(ranks, folder),
         "not_finite": {name: check_not_finite(section, ranks) for name, section in stages.items()},
         "many_micro_batches": {name: check_many_micro_batches(section, ranks) for name, section in bf16.items()},
-        "unet": check_unet(ranks),
     }
 
 

@@ -20,9 +20,9 @@ import torch
 
 from ds_inpaint import run, trainer
 from ds_inpaint.distributed import Ranks
-from ds_inpaint.engine import setup
 from ds_inpaint.errors import RewardsUnavailable
 from ds_inpaint.models.sd import SDPolicy
+from ds_inpaint.zero_config import setup
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from diffusers import DDIMScheduler
 from torch.distributions import Independent, Normal, kl_divergence
 
 from ds_inpaint.gaussian import Transition
+from ds_inpaint.processes import DiscreteDiffusion
 from ds_inpaint.samplers.ddim import DDIM
-from ds_inpaint.values import DiscreteDiffusion
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +66,18 @@ def test_divergence_is_the_one_of_torch_distributions():
     torch.testing.assert_close(Transition(mean, 0.3).divergence_N(other), expected)
 
 
+def test_steps_without_noise_are_those_of_eta_0(process):
+    quiet = DDIM(30, 0.0).schedule(process)
+    assert DDIM(30, 1.0).schedule(process).quiet_steps == quiet.steps == quiet.quiet_steps
+
+
 def test_an_exact_denoiser_samples_the_data_distribution(process):
     """x0 ~ N(0, s^2) has eps = x sqrt(1 - ab) / (ab s^2 + 1 - ab), so a run is a recursion of variances."""
     data_std = 0.5
     schedule = DDIM(500, 1.0).schedule(process)
+    alphas = process.alphas_cumprod.double()[schedule.times_T.long()].tolist()
     variance = 1.0
-    for step in range(500):
-        a, std = schedule.alpha_from_T[step], schedule.std(step)
-        one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-        eps = one * (1 - a) ** 0.5 / (a * data_std**2 + 1 - a)
-        scale = float(schedule.transition(eps, one, step).mean_NCHW)
-        variance = scale**2 * variance + std**2
+    for alpha, step in zip(alphas, schedule.steps, strict=True):
+        eps = (1 - alpha) ** 0.5 / (alpha * data_std**2 + 1 - alpha)
+        variance = (step.keep + step.push * eps) ** 2 * variance + step.std**2
     assert variance**0.5 == pytest.approx(data_std, rel=0.02)

@@ -16,22 +16,32 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "errors keys",
     "yaml_tree key_types schema",
-    "gaussian pixels noise scores policy_gradient advantages values samplers",
-    "images data distributed optimizer engine models embedded_server reward_wire rewards plots tracking",
-    "rollout heldout",
+    "processes regions gaussian pixels noise scores policy_gradient advantages preference values denoising samplers",
+    "images data distributed adapters models embedded_server reward_wire rewards plots tracking",
+    "optimizer zero_config shards slots checkpoints sharded_load engine",
+    "rollout heldout algorithm",
     "algorithms",
     "recipe run_folder",
-    "trainer",
+    "meter trainer",
     "photos run launcher",
 )
 """Files and folders of ds_inpaint, bottom first. Each imports only what stands below it or left of it."""
 
 HOMES = {
-    "deepspeed": ["ds_inpaint.engine", "ds_inpaint.launcher"],
+    "deepspeed": [
+        "ds_inpaint.zero_config",
+        "ds_inpaint.shards",
+        "ds_inpaint.checkpoints",
+        "ds_inpaint.sharded_load",
+        "ds_inpaint.engine",
+        "ds_inpaint.launcher",
+    ],
     "psutil": ["ds_inpaint.launcher"],
     "torch.distributed": ["ds_inpaint.distributed"],
     "diffusers": ["ds_inpaint.models"],
     "transformers": ["ds_inpaint.models"],
+    "huggingface_hub": ["ds_inpaint.models"],
+    "peft": ["ds_inpaint.adapters"],
     "yaml": ["ds_inpaint.yaml_tree"],
     "PIL": ["ds_inpaint.images"],
     "matplotlib": ["ds_inpaint.plots"],

@@ -50,7 +50,7 @@ ROW = {"image": "a.png", "mask": "m.png", "prompt": "a cat"}
 
 def test_a_row_is_loaded_as_centred_square(tmp_path):
     image, mask = make_image(tmp_path)
-    batch = load(read_rows(write_rows(tmp_path, ROW)), 16)
+    batch = load(read_rows(write_rows(tmp_path, ROW)), (16, 16))
     assert torch.equal(batch.images_BCHW[0], image[:, :, 4:20])
     assert torch.equal(batch.holes_B1HW[0], mask[:, :, 4:20] > 127)
     assert batch.prompts == ("a cat",)
@@ -58,10 +58,18 @@ def test_a_row_is_loaded_as_centred_square(tmp_path):
 
 def test_resizing_keeps_the_aspect_and_a_binary_mask(tmp_path):
     make_image(tmp_path, size=(48, 32))
-    batch = load(read_rows(write_rows(tmp_path, ROW)), 16)
+    batch = load(read_rows(write_rows(tmp_path, ROW)), (16, 16))
     assert batch.images_BCHW.shape == (1, 3, 16, 16)
     assert batch.holes_B1HW.dtype == torch.bool
     assert 0 < batch.holes_B1HW.sum() < 256
+
+
+@pytest.mark.parametrize(("pixels", "kept"), [((16, 32), (16, 32)), ((32, 40), (32, 40)), ((32, 48), (32, 48))])
+def test_pictures_cover_sizes_that_are_not_square(tmp_path, pixels, kept):
+    make_image(tmp_path, size=(48, 32))
+    batch = load(read_rows(write_rows(tmp_path, ROW)), pixels)
+    assert batch.images_BCHW.shape[2:] == batch.holes_B1HW.shape[2:] == kept
+    assert 0 < batch.holes_B1HW.float().mean() < 1
 
 
 def test_every_bad_row_is_named(tmp_path):
@@ -84,16 +92,16 @@ def test_unusable_pictures_are_refused(tmp_path):
     make_image(tmp_path, hole=False)
     rows = read_rows(write_rows(tmp_path, ROW))
     with pytest.raises(InputError, match="nothing to fill"):
-        load(rows, 16)
+        load(rows, (16, 16))
     write_png(tmp_path / "m.png", torch.full((1, 16, 24), 255, dtype=torch.uint8))
     with pytest.raises(InputError, match="everything to fill"):
-        load(rows, 16)
+        load(rows, (16, 16))
     write_png(tmp_path / "m.png", torch.full((1, 8, 8), 255, dtype=torch.uint8))
     with pytest.raises(InputError, match=r"24x16 pixels but mask .* is 8x8"):
-        load(rows, 16)
+        load(rows, (16, 16))
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     with pytest.raises(InputError, match="cannot be read as an image"):
-        load(rows, 16)
+        load(rows, (16, 16))
 
 
 def test_iterations_walk_each_epoch_once():

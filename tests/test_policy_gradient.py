@@ -7,50 +7,78 @@ import math
 import pytest
 import torch
 
-from ds_inpaint.advantages import group_relative
+from ds_inpaint.advantages import group_metrics, group_relative
 from ds_inpaint.policy_gradient import clipped_surrogate, importance_ratio
 
-TRUE4 = torch.tensor([True] * 4)
+
+def all_valid(count):
+    return torch.ones(count, dtype=torch.bool)
+
+
+def relative(rewards, valid=None, group_size=None, spread="group", eps=0.0, bound=5.0):
+    valid = all_valid(len(rewards)) if valid is None else valid
+    return group_relative([(1.0, rewards)], valid, group_size or len(rewards), spread, eps, bound)
 
 
 def test_advantages_are_standardised_inside_each_group():
-    rewards = torch.tensor([1.0, 2.0, 3.0, 10.0, 30.0, 20.0])
-    result = group_relative(rewards, torch.ones(6, dtype=torch.bool), 3, eps=0.0, bound=5.0)
+    result = relative(torch.tensor([1.0, 2.0, 3.0, 10.0, 30.0, 20.0]), group_size=3)
     torch.testing.assert_close(result.advantages_N, torch.tensor([-1.0, 0.0, 1.0, -1.0, 1.0, 0.0]))
-    torch.testing.assert_close(result.group_std_B, torch.tensor([1.0, 10.0]))
     assert result.weights_N.tolist() == [1.0] * 6
+
+
+def test_the_batch_spread_is_the_std_of_all_centred_rewards():
+    rewards = torch.tensor([1.0, 2.0, 3.0, 10.0, 30.0, 20.0])
+    centred = torch.tensor([-1.0, 0.0, 1.0, -10.0, 10.0, 0.0])
+    torch.testing.assert_close(relative(rewards, group_size=3, spread="batch").advantages_N, centred / centred.std())
+    torch.testing.assert_close(relative(rewards, group_size=3, spread="none", bound=50).advantages_N, centred)
+
+
+def test_scorers_that_are_normalised_one_by_one_add_up_by_their_weights():
+    narrow, wide = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([300.0, 200.0, 400.0])
+    result = group_relative([(2.0, narrow), (1.0, wide)], all_valid(3), 3, "group", 0.0, 5.0)
+    torch.testing.assert_close(result.advantages_N, torch.tensor([-2.0, -1.0, 3.0]))
 
 
 def test_an_invalid_sample_changes_nothing_for_the_others():
     valid = torch.tensor([True, False, True, True])
-    with_nan = group_relative(torch.tensor([1.0, math.nan, 2.0, 3.0]), valid, 4, 1e-6, 5.0)
-    without = group_relative(torch.tensor([1.0, 2.0, 3.0]), TRUE4[:3], 3, 1e-6, 5.0)
-    torch.testing.assert_close(with_nan.advantages_N[valid], without.advantages_N)
-    assert with_nan.advantages_N[1] == 0
-    assert with_nan.weights_N.tolist() == [1.0, 0.0, 1.0, 1.0]
+    for spread in ("group", "batch", "none"):
+        with_nan = relative(torch.tensor([1.0, math.nan, 2.0, 3.0]), valid, spread=spread, eps=1e-6)
+        without = relative(torch.tensor([1.0, 2.0, 3.0]), spread=spread, eps=1e-6)
+        torch.testing.assert_close(with_nan.advantages_N[valid], without.advantages_N)
+        assert with_nan.advantages_N[1] == 0
+        assert with_nan.weights_N.tolist() == [1.0, 0.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("valid_count", [0, 1])
 def test_a_group_with_too_few_valid_samples_has_no_weight(valid_count):
-    valid = torch.arange(4) < valid_count
-    result = group_relative(torch.tensor([1.0, 2.0, 3.0, 4.0]), valid, 4, 1e-6, 5.0)
+    result = relative(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.arange(4) < valid_count, eps=1e-6)
     assert result.weights_N.tolist() == [0.0] * 4
     assert result.advantages_N.tolist() == [0.0] * 4
-    assert result.group_std_B.isnan().all()
 
 
 @pytest.mark.parametrize("size", [3, 6, 7, 24])
-def test_a_group_of_equal_rewards_has_advantage_and_std_zero_and_keeps_its_weight(size):
-    result = group_relative(torch.full((size,), 0.1), torch.ones(size, dtype=torch.bool), size, 1e-6, 5.0)
+def test_a_group_of_equal_rewards_has_advantage_zero_and_keeps_its_weight(size):
+    result = relative(torch.full((size,), 0.1), eps=1e-6)
     assert result.advantages_N.abs().max() == 0
-    assert result.group_std_B.tolist() == [0.0]
     assert result.weights_N.tolist() == [1.0] * size
 
 
 def test_advantages_are_bounded():
-    rewards = torch.tensor([0.0] * 99 + [1000.0])
-    result = group_relative(rewards, torch.ones(100, dtype=torch.bool), 100, 1e-6, 5.0)
-    assert result.advantages_N.max() == 5.0
+    assert relative(torch.tensor([0.0] * 99 + [1000.0]), eps=1e-6).advantages_N.max() == 5.0
+
+
+def test_group_metrics_tell_small_masks_from_large_ones():
+    rewards = torch.tensor([1.0, 3.0, 5.0, 5.0, 2.0, math.nan])
+    areas = torch.tensor([0.05, 0.05, 0.5, 0.5, 0.2, 0.2])
+    metrics = group_metrics(rewards, ~rewards.isnan(), areas, 2)
+    assert metrics["reward/mean"] == pytest.approx(16 / 5)
+    assert metrics["reward/invalid_fraction"] == pytest.approx(1 / 6)
+    assert metrics["reward/group_std"] == pytest.approx(math.sqrt(2) / 2)
+    assert metrics["reward/silent_groups"] == 0.5
+    assert metrics["reward/small_masks/group_std"] == pytest.approx(math.sqrt(2))
+    assert metrics["reward/small_masks/mean"] == 2
+    assert metrics["reward/large_masks/group_std"] == 0
+    assert not any("medium" in name for name in metrics)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from ds_inpaint import run
-from ds_inpaint.models.sd import PARTS
+
+PARTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "tokenizer": "tokenizer.json",
+    "scheduler": "scheduler_config.json",
+}
 
 GOOD = """\
 run:
@@ -43,13 +50,14 @@ optimizer:
 BROKEN = {
     "unknown key": (
         ("  group_size: 4", "  gruop_size: 4"),
-        "grpo.yaml:18: algorithm.gruop_size: unknown key. Allowed here: group_size, trained_steps, step_choice, "
-        "clip_range, advantage_bound, advantage_eps, kl_weight, updates_per_rollout. Did you mean group_size?",
+        "grpo.yaml:18: algorithm.gruop_size: unknown key. Allowed here: group_size, trained_steps, step_fraction, "
+        "clip_range, hole_aware, hole_dilation, same_start, combine, advantage_spread, advantage_bound, "
+        "advantage_eps, kl_weight, kl_form, updates_per_rollout. Did you mean group_size?",
     ),
     "unknown section": (
         ("optimizer:", "optimiser:"),
         "grpo.yaml:24: optimiser: unknown key. Allowed here: run, model, data, sampler, algorithm, rewards, "
-        "optimizer, engine, evaluation, checkpoint, tracking. Did you mean optimizer?",
+        "optimizer, ema, engine, evaluation, checkpoint, tracking. Did you mean optimizer?",
     ),
     "wrong type": (
         ("  iterations: 3", "  iterations: many"),
@@ -68,8 +76,9 @@ BROKEN = {
     ),
     "out of range": (
         ("  size: 64", "  size: 8"),
-        "grpo.yaml:11: data.size: expected an integer of at least 16; found 8 (an integer). Meaning: Side of the "
-        "square images in pixels.",
+        "grpo.yaml:11: data.size: expected an integer of at least 16, or a list of 2: an integer of at least 16, an "
+        "integer of at least 16; found 8 (an integer). Meaning: Pixels of the images: the side of squares, or [height, "
+        "width]; a picture is scaled and cropped to it.",
     ),
     "group of one": (
         ("group_size: 4", "group_size: 1"),
@@ -92,8 +101,9 @@ BROKEN = {
     ),
     "folder without a model": (
         ("path: model", "path: ."),
-        "grpo.yaml:7: model.path: . is no Stable Diffusion inpainting folder: it lacks unet, vae, text_encoder, "
-        "tokenizer, scheduler; it must hold unet, vae, text_encoder, tokenizer, scheduler as diffusers saves them.",
+        "grpo.yaml:7: model.path: . is no Stable Diffusion inpainting folder: it lacks model_index.json, unet, "
+        "vae, text_encoder, tokenizer, scheduler; it must hold model_index.json, unet, vae, text_encoder, tokenizer, "
+        "scheduler as diffusers saves them.",
     ),
     "unknown algorithm": (
         ("name: grpo", "name: gpro"),
@@ -120,6 +130,16 @@ BROKEN = {
         "grpo.yaml:12: data.batch: 3 triples x 4 samples = 12 do not divide among 8 ranks x 1 updates per rollout. "
         "Give a multiple of 2, or change the samples per triple, the updates per rollout or the number of ranks.",
     ),
+    "sampler of the other family": (
+        ("name: ddim", "name: flow_sde"),
+        "grpo.yaml:14: sampler.name: this sampler is for models of RectifiedFlow, but the model given is one of "
+        "DiscreteDiffusion. Use ddim for Stable Diffusion; flow_sde, dance_sde, cps or ode for Flux.",
+    ),
+    "pairs that do not divide": (
+        ("name: grpo\n  group_size: 4\n  trained_steps: 2", "name: dpo\n  group_size: 4"),
+        "grpo.yaml:12: data.batch: 2 triples do not divide among 8 ranks x 1 updates per rollout. Give a multiple of "
+        "8, or change the samples per triple, the updates per rollout or the number of ranks.",
+    ),
     "server without a port": (
         ('"127.0.0.1:50051"', '"localhost:http"'),
         "grpo.yaml:21: rewards.servers: found ['localhost:http']; name at least one HOST:PORT such as "
@@ -143,8 +163,12 @@ BROKEN = {
 def folder(tmp_path, monkeypatch):
     """A folder in which GOOD is valid, as one of eight ranks sees it; the test fails if a run is begun."""
     monkeypatch.chdir(tmp_path)
-    for part in PARTS:
+    for part, weights in PARTS.items():
         Path("model", part).mkdir(parents=True)
+        Path("model", part, weights).touch()
+    Path("model", "model_index.json").touch()
+    Path("model", "unet", "config.json").write_text('{"in_channels": 9}')
+    Path("model", "scheduler", "scheduler_config.json").write_text("{}")
     for name in ("train.jsonl", "heldout.jsonl"):
         Path(name).touch()
     monkeypatch.setenv("WORLD_SIZE", "8")

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ds_inpaint.engine import setup
 from ds_inpaint.recipe import Recipe, load_recipe
 from ds_inpaint.rollout import Rollout, Rollouts
 from ds_inpaint.run_folder import open_run_folder
 from ds_inpaint.trainer import train
+from ds_inpaint.zero_config import setup
 
 
 def keep_first_rollout(recipe: Recipe, out: Path) -> None:

@@ -4,20 +4,24 @@ diffusion, with the denoising steps as actions as in 2305.13301).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ds_inpaint.advantages import Advantages, group_relative
+from ds_inpaint.advantages import Advantages, group_metrics, group_relative
 from ds_inpaint.errors import UntrustworthyUpdate
+from ds_inpaint.gaussian import Schedule
 from ds_inpaint.keys import Impossible, key
 from ds_inpaint.noise import generator
 from ds_inpaint.policy_gradient import clipped_surrogate, importance_ratio
+from ds_inpaint.regions import EVERYWHERE, Focus, latent_holes, mean_N
 from ds_inpaint.rewards import RewardClient
-from ds_inpaint.rollout import Chunk, Rollout, Rollouts
-from ds_inpaint.values import Condition, Experiences, Loss, Policy, Sampler, Schedule, Triple
+from ds_inpaint.rollout import Chunk, Rollout
+from ds_inpaint.scores import Scores
+from ds_inpaint.values import Condition, Experiences, Loss, Policy, Sampler, Triple
 
 DOCTOR_SHARE = 0.1
 """A deviation of the first ratios from 1 above this share of the clip range stops the run."""
@@ -30,6 +34,7 @@ class TrainedStep:
     schedule: Schedule
     step: int
     condition: Condition
+    focus: Focus
     latents_nCHW: Tensor
     next_nCHW: Tensor
     old_log_probs_n: Tensor
@@ -50,10 +55,11 @@ class GRPO:
     trained_steps: int = key(
         5, "Sampler steps K per sample that carry gradient; cost of an update is proportional.", at_least=1
     )
-    step_choice: str = key(
-        "random",
-        "Which steps: `random` draws K anew each iteration, the same for all samples; `first` takes the noisiest.",
-        choices=("random", "first"),
+    step_fraction: float = key(
+        1.0,
+        "Share of the sampler's steps, noisiest first, that K are drawn from each iteration; 0 takes the first K.",
+        at_least=0,
+        at_most=1,
     )
     clip_range: float = key(
         1e-4,
@@ -61,16 +67,41 @@ class GRPO:
         above=0,
         below=1,
     )
-    advantage_bound: float = key(5.0, "Advantages are clamped to +- this many group stds.", above=0)
+    hole_aware: str = key(
+        "off",
+        "`log_prob`: ratio and KL are means over the hole's latents only; `noise`: sampler noise is drawn only there, "
+        "too, in rollouts.",
+        choices=("off", "log_prob", "noise"),
+    )
+    hole_dilation: int = key(
+        0, "Latents around a hole that count to it; the VAE lets them show inside it.", at_least=0, at_most=8
+    )
+    same_start: bool = key(
+        False, "Start a group from one initial noise, so that it differs by the sampler's noise alone."
+    )
+    combine: str = key(
+        "sum",
+        "Normalise the weighted `sum` of the scorers, or `each` scorer and then sum: the widest no longer wins.",
+        choices=("sum", "each"),
+    )
+    advantage_spread: str = key(
+        "group",
+        "What centred rewards are divided by: the std of their `group`, of the whole `batch`, or `none`.",
+        choices=("group", "batch", "none"),
+    )
+    advantage_bound: float = key(5.0, "Advantages are clamped to +- this many stds.", above=0)
     advantage_eps: float = key(
-        1e-4,
-        "Added to a group's reward std, in reward units; hushes groups of nearly equal rewards.",
-        above=0,
+        1e-4, "Added to the std, in reward units; hushes groups of nearly equal rewards.", above=0
     )
     kl_weight: float = key(
         0.0,
-        "Weight of the KL divergence of each trained step to the starting weights; 0 keeps no copy.",
+        "Weight of the divergence from the starting weights at each trained step; 0 keeps no copy of them.",
         at_least=0,
+    )
+    kl_form: str = key(
+        "step",
+        "Divergence: exact KL of the sampler's `step`, or mean squared difference of the `prediction`s.",
+        choices=("step", "prediction"),
     )
     updates_per_rollout: int = key(
         1, "Optimizer steps per rollout; from the second on, the samples are slightly off-policy.", at_least=1
@@ -82,8 +113,18 @@ class GRPO:
         return self.kl_weight > 0
 
     @property
+    def reference_every(self) -> int:
+        """Never: the penalty is towards the starting weights."""
+        return 0
+
+    @property
     def samples_per_triple(self) -> int:
         """How many samples of each triple an iteration draws."""
+        return self.group_size
+
+    @property
+    def dealt_per_triple(self) -> int:
+        """Samples of a group may lie on different ranks; only their rewards must meet."""
         return self.group_size
 
     def check(self, sampler: Sampler) -> None:
@@ -103,12 +144,16 @@ class GRPO:
         steps = self._choose_steps(rollout, iteration)
         parts = rollout.share(len(triples) * self.group_size, self.updates_per_rollout)
         rollouts = rollout.run(
-            triples, self.group_size, parts, rewards, purpose="rollout", iteration=iteration, record=steps
+            rollout.prepare(triples, self.group_size, parts),
+            rewards,
+            purpose="rollout",
+            iteration=iteration,
+            record=steps,
+            focus=lambda holes_n1HW: self._focus(holes_n1HW, rollout.latent_shape),
+            same_start=self.same_start,
         )
         rewards_N = rollouts.scores.combined_N(rewards.weights)
-        advantages = group_relative(
-            rewards_N, rollouts.scores.valid_N, self.group_size, self.advantage_eps, self.advantage_bound
-        )
+        advantages = self._judge(rewards_N, rollouts.scores, rewards.weights)
         references = self._reference_predictions(rollouts.chunks, steps, rollout)
         updates = []
         for update, chunks in enumerate(rollouts.parts):
@@ -120,14 +165,15 @@ class GRPO:
                     for column, step in enumerate(steps)
                 ]
             )
-        return Experiences(updates, _metrics(rollouts, rewards_N, advantages))
+        metrics = group_metrics(rewards_N, rollouts.scores.valid_N, rollouts.areas_N, self.group_size)
+        return Experiences(updates, {**metrics, **rollouts.scores.means(), **rollouts.seconds})
 
     def loss(self, policy: Policy, experience: TrainedStep) -> Loss:
         """Clipped policy gradient of one step of one micro-batch, plus the KL penalty."""
         e = experience
-        time = float(e.schedule.times_T[e.step])
-        prediction = policy.predict(e.latents_nCHW, time, e.condition)
-        transition = e.schedule.transition(prediction, e.latents_nCHW, e.step)
+        times_n = e.schedule.times_N(e.step, e.latents_nCHW)
+        prediction = policy.predict(e.latents_nCHW, times_n, e.condition, guided=True)
+        transition = e.schedule.transition(prediction, e.latents_nCHW, e.step, e.focus)
         ratio_n = importance_ratio(transition.log_prob_N(e.next_nCHW), e.old_log_probs_n)
         loss_n = clipped_surrogate(ratio_n, e.advantages_n, self.clip_range)
         deviation_n = (ratio_n.detach() - 1).abs()
@@ -136,8 +182,11 @@ class GRPO:
             "ratio/clip_fraction": (deviation_n > self.clip_range).float(),
         }
         if e.reference_nCHW is not None:
-            reference = e.schedule.transition(e.reference_nCHW, e.latents_nCHW, e.step)
-            kl_n = transition.divergence_N(reference.mean_NCHW)
+            if self.kl_form == "step":
+                reference = e.schedule.transition(e.reference_nCHW, e.latents_nCHW, e.step, e.focus)
+                kl_n = transition.divergence_N(reference.mean_NCHW)
+            else:
+                kl_n = mean_N((prediction - e.reference_nCHW).square(), e.focus.counted_N1HW)
             loss_n = loss_n + self.kl_weight * kl_n
             shares["kl"] = kl_n.detach()
         shares["loss"] = loss_n.detach()
@@ -164,11 +213,29 @@ class GRPO:
             )
 
     def _choose_steps(self, rollout: Rollout, iteration: int) -> list[int]:
-        allowed = rollout.schedule.trainable_steps
-        if self.step_choice == "first":
-            return list(allowed[: self.trained_steps])
+        """K steps, the same for all samples: groups that differ in them cannot be compared."""
+        trainable = rollout.schedule.trainable_steps
+        allowed = trainable[: max(self.trained_steps, math.ceil(self.step_fraction * len(trainable)))]
         draw = torch.randperm(len(allowed), generator=generator(rollout.seed, "trained steps", iteration))
         return sorted(allowed[index] for index in draw[: self.trained_steps].tolist())
+
+    def _focus(self, holes_n1HW: Tensor, latent_shape: tuple[int, ...]) -> Focus:
+        if self.hole_aware == "off":
+            return EVERYWHERE
+        _, height, width = latent_shape
+        region_n1HW = latent_holes(holes_n1HW, height, width, self.hole_dilation)
+        return Focus(region_n1HW, region_n1HW if self.hole_aware == "noise" else None)
+
+    def _judge(self, rewards_N: Tensor, scores: Scores, weights: Mapping[str, float]) -> Advantages:
+        each = [(weight, scores.values[name]) for name, weight in weights.items() if weight != 0]
+        return group_relative(
+            [(1.0, rewards_N)] if self.combine == "sum" else each,
+            scores.valid_N,
+            self.group_size,
+            self.advantage_spread,
+            self.advantage_eps,
+            self.advantage_bound,
+        )
 
     @torch.no_grad()
     def _reference_predictions(
@@ -177,16 +244,15 @@ class GRPO:
         """Reference predictions [n, K, C, H, W] per chunk, in one phase, so that weights are swapped once."""
         if not self.uses_reference:
             return {}
-        times = rollout.schedule.times_T.tolist()
-        with rollout.policy.as_reference():
+        policy, schedule = rollout.policy, rollout.schedule
+
+        def prediction(chunk: Chunk, column: int, step: int) -> Tensor:
+            latents = chunk.latents_nKCHW[:, column]
+            return policy.predict(latents, schedule.times_N(step, latents), chunk.condition, guided=True)
+
+        with policy.denoiser.weights("reference"):
             return {
-                chunk.samples: torch.stack(
-                    [
-                        rollout.policy.predict(chunk.latents_nKCHW[:, column], times[step], chunk.condition)
-                        for column, step in enumerate(steps)
-                    ],
-                    1,
-                )
+                chunk.samples: torch.stack([prediction(chunk, column, step) for column, step in enumerate(steps)], 1)
                 for chunk in chunks
             }
 
@@ -205,6 +271,7 @@ class GRPO:
             schedule=rollout.schedule,
             step=step,
             condition=chunk.condition,
+            focus=chunk.focus,
             latents_nCHW=chunk.latents_nKCHW[:, column],
             next_nCHW=chunk.next_nKCHW[:, column],
             old_log_probs_n=chunk.log_probs_nK[:, column],
@@ -212,17 +279,3 @@ class GRPO:
             shares_n=(advantages.weights_N[samples] / count.clamp(min=1)).to(device),
             reference_nCHW=references[chunk.samples][:, column] if references else None,
         )
-
-
-def _metrics(rollouts: Rollouts, rewards_N: Tensor, advantages: Advantages) -> dict[str, float]:
-    valid_N = rollouts.scores.valid_N
-    judged = advantages.group_std_B[~advantages.group_std_B.isnan()]
-    return {
-        "reward/mean": float(rewards_N[valid_N].mean()),
-        "reward/std": float(rewards_N[valid_N].std()),
-        "reward/group_std": float(judged.mean()),
-        "reward/silent_groups": float((judged == 0).float().mean()),
-        "reward/invalid_fraction": float((~valid_N).float().mean()),
-        **rollouts.scores.means(),
-        **rollouts.seconds,
-    }

@@ -2,127 +2,138 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ds_inpaint.adapters import LoRA, attach
 from ds_inpaint.errors import InputError
 from ds_inpaint.keys import REQUIRED, key
+from ds_inpaint.models._denoiser import create, export
+from ds_inpaint.models._folder import (
+    LORA_DOC,
+    PATH_DOC,
+    REVISION_DOC,
+    Layout,
+    find,
+    load_text,
+    load_vae,
+    path_problem,
+    read_config,
+    token_ids,
+)
 from ds_inpaint.pixels import blank_holes, to_model_range
-from ds_inpaint.values import Batch, Condition, Denoiser, DiscreteDiffusion
+from ds_inpaint.processes import DiscreteDiffusion
+from ds_inpaint.values import Batch, Condition, Denoiser, Placement
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+LAYOUT = Layout("Stable Diffusion inpainting", ("unet", "vae", "text_encoder"), ("tokenizer", "scheduler"))
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
 @dataclass(frozen=True)
 class SD:
     """Recipe section ``model: {name: sd}``."""
 
+    process: ClassVar[type] = DiscreteDiffusion
     leaf_blocks: ClassVar[tuple[str, ...]] = (
         "diffusers.models.resnet.ResnetBlock2D",
         "diffusers.models.attention.BasicTransformerBlock",
     )
     """The blocks whose parameters ZeRO-3 gathers as one."""
 
-    path: str = key(REQUIRED, "diffusers folder, or the name of a model on the Hugging Face hub.")
-    revision: str | None = key(None, "Commit or tag of a hub model; pin it for a run that must be repeatable.")
+    path: str = key(REQUIRED, PATH_DOC)
+    revision: str | None = key(None, REVISION_DOC)
     guidance: float = key(
         7.5, "Classifier-free guidance w in rollout, training and sampling alike; 1 is off.", at_least=1
     )
     negative_prompt: str = key("", "Prompt that the guidance points away from.")
+    lora: LoRA | None = key(None, LORA_DOC)
 
     def problem(self) -> str | None:
-        """Why ``path`` can be neither a folder of this family nor a hub name; None when it can."""
+        """Why ``path`` cannot be a model of this family; None when it can, as far as is known without the network."""
+        problem = path_problem(self.path, self.revision, LAYOUT)
         folder = Path(self.path)
-        if not folder.is_dir():
-            if folder.is_absolute() or self.path.count("/") != 1 or folder.parent.is_dir():
-                return (
-                    f"{self.path!r} is neither an existing folder (looked in {Path.cwd()}) nor a hub name of the "
-                    f"form organisation/model."
-                )
-            return None
-        missing = [part for part in PARTS if not (folder / part).is_dir()]
-        if missing:
-            return (
-                f"{folder} is no Stable Diffusion inpainting folder: it lacks {', '.join(missing)}; it must hold "
-                f"{', '.join(PARTS)} as diffusers saves them."
-            )
-        return None
+        return problem or (_unfit(folder) if folder.is_dir() else None)
 
-    def load(self, device: torch.device, dtype: torch.dtype, activation_checkpointing: bool) -> SDPolicy:
-        """Load the parts; the frozen towers go to ``device``, the UNet stays for the engine to place.
+    def load(self, placement: Placement) -> SDPolicy:
+        """Load the model; its text encoder follows when the first prompt is encoded.
 
         Raises:
-            InputError: a part is missing, or the UNet is not an inpainting eps-model with 9 channels.
+            InputError: a part cannot be had, the UNet is not an inpainting eps-model with 9 channels, or a LoRA
+                target does not exist.
         """
-        where = {"pretrained_model_name_or_path": self.path, "revision": self.revision}
-        try:
-            scheduler = DDIMScheduler.from_pretrained(**where, subfolder="scheduler")
-            unet = UNet2DConditionModel.from_pretrained(**where, subfolder="unet", torch_dtype=dtype)
-            vae = AutoencoderKL.from_pretrained(**where, subfolder="vae", torch_dtype=dtype)
-            text = CLIPTextModel.from_pretrained(**where, subfolder="text_encoder", dtype=dtype)
-            tokenizer = CLIPTokenizer.from_pretrained(**where, subfolder="tokenizer")
-        except OSError as error:
-            raise InputError(f"model.path: {self.path!r} could not be loaded: {error}") from error
-        self._check_parts(unet, scheduler)
-        if activation_checkpointing:
-            unet.enable_gradient_checkpointing()
-        else:
-            # ZeRO-3 leaf blocks need positional calls, which diffusers makes only on this path.
-            unet.enable_gradient_checkpointing(_call)
-        text = text.to(device).eval().requires_grad_(False)
+        folder = find(self.path, self.revision, LAYOUT)
+        if problem := _unfit(folder):
+            raise InputError(f"model.path: {problem}")
+        unet = create(UNet2DConditionModel, folder / "unet", placement)
+        if self.lora is not None:
+            attach(unet, self.lora, LORA_TARGETS, entrances=("conv_in",))
+        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
         return SDPolicy(
             denoiser=unet,
-            unet_config=unet.config,
-            vae=vae.to(device).eval().requires_grad_(False),
-            text_encoder=text,
-            tokenizer=tokenizer,
-            scheduler=scheduler,
-            process=DiscreteDiffusion(
+            folder=folder,
+            vae=load_vae(folder, placement),
+            unet_shrink=_shrink(read_config(folder / "unet")),
+            text=SDText(folder, placement, self.negative_prompt),
+            diffusion=DiscreteDiffusion(
                 scheduler.alphas_cumprod.float(),
                 scheduler.config.steps_offset,
                 float(scheduler.final_alpha_cumprod),
             ),
             guidance=self.guidance,
-            negative_text_1LD=encode_text(tokenizer, text, (self.negative_prompt,)),
+            lora=self.lora,
         )
 
-    def _check_parts(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> None:
-        if unet.config.in_channels != 9:
-            raise InputError(
-                f"model.path: the UNet of {self.path!r} takes {unet.config.in_channels} channels; an inpainting "
-                f"UNet takes 9 (4 noisy latents, 1 mask, 4 masked-image latents)."
-            )
-        if scheduler.config.prediction_type != "epsilon":
-            raise InputError(
-                f"model.path: {self.path!r} predicts {scheduler.config.prediction_type!r}; only epsilon is supported."
-            )
+
+def _unfit(folder: Path) -> str | None:
+    channels = read_config(folder / "unet")["in_channels"]
+    if channels != 9:
+        return (
+            f"the UNet of {folder} takes {channels} channels; an inpainting UNet takes 9 (4 noisy latents, 1 mask, "
+            f"4 masked-image latents)."
+        )
+    predicted = read_config(folder / "scheduler").get("prediction_type", "epsilon")
+    if predicted != "epsilon":
+        return f"{folder} predicts {predicted!r}; only epsilon is supported."
+    return None
 
 
-@torch.no_grad()
-def encode_text(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Sequence[str]) -> Tensor:
-    """CLIP hidden states [B, 77, D]; longer prompts are truncated as in the published pipeline."""
-    tokens = tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    return text_encoder(tokens.input_ids.to(text_encoder.device)).last_hidden_state
+def _shrink(config: Mapping[str, Any]) -> int:
+    """How many times smaller the innermost grid of a VAE or UNet is: each block but the last halves it."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
-def _call(block: Callable[..., Tensor], *inputs: object) -> Tensor:
-    return block(*inputs)
+@dataclass(frozen=True)
+class SDText:
+    """CLIP's reading of prompts; the encoder loads when first needed."""
+
+    folder: Path
+    placement: Placement
+    negative_prompt: str
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """``text``: CLIP hidden states [B, 77, D]."""
+        encoder, tokenizer = self._clip
+        ids_BL = token_ids(tokenizer, prompts, tokenizer.model_max_length, encoder.device)
+        return {"text": encoder(ids_BL).last_hidden_state}
+
+    @cached_property
+    def negative_1LD(self) -> Tensor:
+        """Hidden states of the negative prompt."""
+        return self([self.negative_prompt])["text"]
+
+    @cached_property
+    def _clip(self) -> tuple[CLIPTextModel, CLIPTokenizer]:
+        return load_text(CLIPTextModel, CLIPTokenizer, self.folder, "", self.placement)
 
 
 @dataclass(frozen=True)
@@ -130,14 +141,18 @@ class SDPolicy:
     """A loaded Stable Diffusion 1.5 inpainting model; see ``values.Policy`` for the contract."""
 
     denoiser: Denoiser
-    unet_config: Mapping[str, Any]
+    folder: Path
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    scheduler: DDIMScheduler
-    process: DiscreteDiffusion
+    unet_shrink: int
+    """How many times smaller the UNet's innermost grid is than its latents."""
+    text: SDText
+    diffusion: DiscreteDiffusion
     guidance: float
-    negative_text_1LD: Tensor
+    lora: LoRA | None
+
+    def process(self, height: int, width: int) -> DiscreteDiffusion:
+        """The same for every size."""
+        return self.diffusion
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(4, height / 8, width / 8) for the published model.
@@ -145,8 +160,8 @@ class SDPolicy:
         Raises:
             InputError: the VAE and the UNet cannot halve such an image as often as they do.
         """
-        shrink = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        multiple = shrink * 2 ** (len(self.unet_config["block_out_channels"]) - 1)
+        shrink = _shrink(self.vae.config)
+        multiple = shrink * self.unet_shrink
         if height % multiple or width % multiple:
             raise InputError(
                 f"data.size: images of {height}x{width} pixels do not fit this model; both sides must be "
@@ -161,32 +176,39 @@ class SDPolicy:
         The posterior's mode is taken: a sample would give each member of a group another condition.
         """
         device = self.vae.device
-        images_BCHW, holes_B1HW = batch.images_BCHW.to(device), batch.holes_B1HW.to(device)
-        masked_BCHW = blank_holes(to_model_range(images_BCHW), holes_B1HW)
-        masked_latents_BChw = self.vae.encode(masked_BCHW.to(self.vae.dtype)).latent_dist.mode()
+        holes_B1HW = batch.holes_B1HW.to(device)
+        masked_BCHW = blank_holes(to_model_range(batch.images_BCHW.to(device)), holes_B1HW)
+        masked_latents_BChw = self._latents(masked_BCHW)
         hole_B1hw = functional.interpolate(holes_B1HW.float(), size=masked_latents_BChw.shape[-2:])
-        return Condition(
-            {
-                "text": encode_text(self.tokenizer, self.text_encoder, batch.prompts),
-                "hole": hole_B1hw,
-                "masked_latents": masked_latents_BChw * self.vae.config.scaling_factor,
-            }
-        )
+        return Condition({**self.text(batch.prompts), "hole": hole_B1hw, "masked_latents": masked_latents_BChw})
 
-    def predict(self, latents_NCHW: Tensor, time: float, condition: Condition) -> Tensor:
-        """eps with guidance, eps_u + w (eps_c - eps_u), both halves in one forward (2207.12598)."""
+    @torch.no_grad()
+    def encode_images(self, images_NCHW: Tensor) -> Tensor:
+        """Latents, float32, of whole uint8 images."""
+        return self._latents(to_model_range(images_NCHW.to(self.vae.device)))
+
+    def _latents(self, images_NCHW: Tensor) -> Tensor:
+        mode_NChw = self.vae.encode(images_NCHW.to(self.vae.dtype)).latent_dist.mode()
+        return mode_NChw.float() * self.vae.config.scaling_factor
+
+    def predict(self, latents_NCHW: Tensor, times_N: Tensor, condition: Condition, *, guided: bool) -> Tensor:
+        """eps; if guided, eps_u + w (eps_c - eps_u), both halves in one forward (2207.12598)."""
         given = condition.tensors
         inputs = torch.cat([latents_NCHW, given["hole"], given["masked_latents"]], dim=1)
         text = given["text"]
-        if self.guidance > 1:
-            inputs = torch.cat([inputs, inputs])
-            text = torch.cat([self.negative_text_1LD.expand_as(text), text])
-        times = torch.full((len(inputs),), time, device=inputs.device)
-        eps = self.denoiser(inputs.to(text.dtype), times, text, return_dict=False)[0].float()
-        if self.guidance > 1:
-            unconditional, conditional = eps.chunk(2)
-            return unconditional + self.guidance * (conditional - unconditional)
-        return eps
+        if not guided or self.guidance == 1:
+            return self._eps(inputs, times_N, text)
+        eps_2N = self._eps(
+            torch.cat([inputs, inputs]),
+            torch.cat([times_N, times_N]),
+            torch.cat([self.text.negative_1LD.expand_as(text), text]),
+        )
+        unconditional, conditional = eps_2N.chunk(2)
+        return unconditional + self.guidance * (conditional - unconditional)
+
+    def _eps(self, inputs_NCHW: Tensor, times_N: Tensor, text_NLD: Tensor) -> Tensor:
+        output: Any = self.denoiser(inputs_NCHW.to(text_NLD.dtype), times_N, text_NLD, return_dict=False)
+        return output[0].float()
 
     @torch.no_grad()
     def decode(self, latents_NCHW: Tensor) -> Tensor:
@@ -194,25 +216,6 @@ class SDPolicy:
         latents = (latents_NCHW / self.vae.config.scaling_factor).to(self.vae.dtype)
         return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    def as_reference(self) -> AbstractContextManager[None]:
-        """The weights that training started from."""
-        return self.denoiser.weights("reference")
-
-    def export(self, unet_weights: dict[str, Tensor], folder: Path) -> None:
-        """Write a folder that stock diffusers loads as StableDiffusionInpaintPipeline, all parts in float32.
-
-        transformers would load a bf16 text encoder as such and diffusers the rest as float32, which cannot run.
-        """
-        unet = UNet2DConditionModel.from_config(self.unet_config)
-        unet.load_state_dict(unet_weights, strict=True)
-        pipeline = StableDiffusionInpaintPipeline(
-            vae=deepcopy(self.vae).float(),
-            text_encoder=deepcopy(self.text_encoder).float(),
-            tokenizer=self.tokenizer,
-            unet=unet,
-            scheduler=self.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.save_pretrained(folder)
+    def export(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """Write a folder that stock diffusers loads as StableDiffusionInpaintPipeline."""
+        export(UNet2DConditionModel, self.folder, "unet", weights, self.lora, folder)

@@ -1,0 +1,214 @@
+"""Online DPO: sample a group per triple, prefer its best image to its worst (2311.12908, with pairs made as the
+policy trains).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_inpaint.advantages import group_metrics
+from ds_inpaint.denoising import TIME_DISTRIBUTIONS, DenoisingTask, denoising_task, time_quantiles
+from ds_inpaint.errors import UntrustworthyUpdate
+from ds_inpaint.keys import key
+from ds_inpaint.noise import sample_noise
+from ds_inpaint.preference import Preferences, best_and_worst, preference_loss_N, preference_margin_N
+from ds_inpaint.regions import latent_holes
+from ds_inpaint.rewards import RewardClient
+from ds_inpaint.rollout import Prepared, Rollout, Rollouts
+from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
+
+DOCTOR_MARGIN = 1e-3
+"""While the policy is the reference every margin is 0; above this the two do not compute the same."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """One micro-batch of n pairs at one noise level each: 2n images to denoise, the winners first."""
+
+    task: DenoisingTask
+    shares_n: Tensor
+    """Weight of each pair in the global mean; 0 where the group holds no preference."""
+
+
+@dataclass(frozen=True)
+class JudgedPairs:
+    """Pairs and how well the reference denoises them."""
+
+    pairs: Pairs
+    reference_errors_2n: Tensor
+
+
+@dataclass(frozen=True)
+class DPO:
+    """Recipe section ``algorithm: {name: dpo}``."""
+
+    group_size: int = key(
+        4, "Samples G per triple, of which the best and the worst make a pair; more make it clearer.", at_least=2
+    )
+    sampled_by: str = key(
+        "policy",
+        "Who draws the samples: the `policy` as it is now, or the `reference`, which lags behind it.",
+        choices=("policy", "reference"),
+    )
+    beta: float = key(
+        5000.0,
+        "Strength of the preference against staying near the reference; errors are means over dimensions.",
+        above=0,
+    )
+    hole_only: bool = key(
+        True, "Take denoising errors as means over the hole's latents; outside, the two images are equal."
+    )
+    hole_dilation: int = key(
+        0, "Latents around a hole that count to it; the VAE lets them show inside it.", at_least=0, at_most=8
+    )
+    times: str = key(
+        "uniform", "Noise levels to train at; `logit_normal` favours the middle ones.", choices=TIME_DISTRIBUTIONS
+    )
+    times_per_pair: int = key(
+        1, "Noise levels K that each pair is trained at; cost of an update is proportional.", at_least=1
+    )
+    least_spread: float = key(
+        1e-6, "Groups whose rewards have a smaller std hold no preference and weigh nothing.", at_least=0
+    )
+    reference_every: int = key(
+        40, "Updates after which the reference becomes the policy of that moment; 0 keeps the start.", at_least=0
+    )
+    updates_per_rollout: int = key(1, "Optimizer steps per rollout, each on its own triples.", at_least=1)
+
+    @property
+    def uses_reference(self) -> bool:
+        """Always: the loss compares with it."""
+        return True
+
+    @property
+    def samples_per_triple(self) -> int:
+        """How many samples of each triple an iteration draws."""
+        return self.group_size
+
+    @property
+    def dealt_per_triple(self) -> int:
+        """A group stays whole, since its images make a pair."""
+        return 1
+
+    def check(self, sampler: Sampler) -> None:
+        """Any sampler will do: no log-probs are needed."""
+
+    def collect(
+        self, triples: Sequence[Triple], iteration: int, rollout: Rollout, rewards: RewardClient
+    ) -> Experiences[JudgedPairs]:
+        """Sample and score every group, pair its best with its worst, and let the reference denoise both."""
+        groups = rollout.share(len(triples), self.updates_per_rollout)
+        samples = [[group * self.group_size + i for group in part for i in range(self.group_size)] for part in groups]
+        prepared = rollout.prepare(triples, self.group_size, samples)
+        reference = rollout.policy.denoiser.weights("reference")
+        with reference if self.sampled_by == "reference" else nullcontext():
+            rollouts = rollout.run(prepared, rewards, purpose="rollout", iteration=iteration)
+        rewards_N, valid_N = rollouts.scores.combined_N(rewards.weights), rollouts.scores.valid_N
+        preferences = best_and_worst(rewards_N, valid_N, self.group_size, self.least_spread)
+        updates = [
+            self._pairs(
+                part,
+                preferences,
+                preferences.weights_B[update :: len(groups)].sum(),
+                prepared,
+                rollouts,
+                rollout,
+                iteration,
+            )
+            for update, part in enumerate(groups)
+        ]
+        metrics = group_metrics(rewards_N, valid_N, rollouts.areas_N, self.group_size)
+        metrics["preference/pairs"] = float(preferences.weights_B.mean())
+        return Experiences(_judged(updates, rollout.policy), {**metrics, **rollouts.scores.means(), **rollouts.seconds})
+
+    def loss(self, policy: Policy, experience: JudgedPairs) -> Loss:
+        """-log sigmoid of how much better than the reference the policy denoises winners, against losers."""
+        pairs = experience.pairs
+        errors_2n = pairs.task.errors_N(policy)
+        best_n, worst_n = errors_2n.chunk(2)
+        reference_best_n, reference_worst_n = experience.reference_errors_2n.chunk(2)
+        margin_n = preference_margin_N(best_n, worst_n, reference_best_n, reference_worst_n, self.beta)
+        loss_n = preference_loss_N(margin_n)
+        shares = {
+            "loss": loss_n.detach(),
+            "preference/accuracy": (margin_n.detach() > 0).float(),
+            "preference/margin": margin_n.detach(),
+            "preference/best_error": best_n.detach(),
+            "preference/worst_error": worst_n.detach(),
+        }
+        return Loss(
+            value=(loss_n * pairs.shares_n).sum(),
+            shares={name: (value_n * pairs.shares_n).sum() for name, value_n in shares.items()},
+            maxima={"preference/max_margin": margin_n.detach().abs().max()},
+        )
+
+    def doctor(self, metrics: dict[str, float]) -> None:
+        """Judge the first update's numbers, taken while the policy still is the reference: every margin must be 0.
+
+        Raises:
+            UntrustworthyUpdate: the two passes over the same pairs disagree.
+        """
+        if not metrics["preference/max_margin"] <= DOCTOR_MARGIN:
+            raise UntrustworthyUpdate(
+                f"Before the first update the policy is the reference, but the largest |margin| between them is "
+                f"{metrics['preference/max_margin']:.3g}, above {DOCTOR_MARGIN:g}: the two passes over the same pairs "
+                f"do not repeat each other, and algorithm.beta, now {self.beta:g}, multiplies the difference. Nothing "
+                f"was trained. Try engine.precision: fp32, and see that no dropout or other randomness is left in "
+                f"the model."
+            )
+
+    @torch.no_grad()
+    def _pairs(
+        self,
+        groups: Sequence[int],
+        preferences: Preferences,
+        counted: Tensor,
+        prepared: Prepared,
+        rollouts: Rollouts,
+        rollout: Rollout,
+        iteration: int,
+    ) -> list[Pairs]:
+        """This rank's pairs of one update; the K noise levels of a pair stand in K micro-batches."""
+        policy, device = rollout.policy, rollout.ranks.device
+        process = policy.process(*rollout.pixels)
+        pasted = {
+            n: image for chunk in rollouts.chunks for n, image in zip(chunk.samples, chunk.pasted_nCHW, strict=True)
+        }
+        size = max(1, rollout.micro_batch // 2)
+        made = []
+        for start in range(0, len(groups), size):
+            ids = list(groups[start : start + size])
+            samples = [*preferences.best_B[ids].tolist(), *preferences.worst_B[ids].tolist()]
+            rows_2n = prepared.rows_n(samples)
+            # What was judged is what is learned from: pasted images, so that a pair's known pixels are equal.
+            clean_2nCHW = policy.encode_images(torch.stack([pasted[sample] for sample in samples]))
+            for level in range(self.times_per_pair):
+                draws = [group * self.times_per_pair + level for group in ids]
+                noise = sample_noise(rollout.seed, "pair noise", iteration, draws, rollout.latent_shape)
+                quantiles = time_quantiles(self.times, rollout.seed, "pair times", iteration, draws)
+                task = denoising_task(
+                    process,
+                    clean_2nCHW,
+                    torch.cat([noise, noise]).to(device),
+                    torch.cat([quantiles, quantiles]).to(device),
+                    prepared.condition.rows(rows_2n.to(device)),
+                    self._region(prepared.batch.holes_B1HW[rows_2n].to(device), rollout.latent_shape),
+                )
+                shares_n = preferences.weights_B[ids] / (counted.clamp(min=1) * self.times_per_pair)
+                made.append(Pairs(task, shares_n.to(device)))
+        return made
+
+    def _region(self, holes_2n1HW: Tensor, latent_shape: tuple[int, ...]) -> Tensor | None:
+        _, height, width = latent_shape
+        return latent_holes(holes_2n1HW, height, width, self.hole_dilation) if self.hole_only else None
+
+
+def _judged(updates: Sequence[Sequence[Pairs]], policy: Policy) -> list[list[JudgedPairs]]:
+    """Add the reference's errors, in one phase, so that weights are swapped once."""
+    with policy.denoiser.weights("reference"):
+        return [[JudgedPairs(pairs, pairs.task.errors_N(policy)) for pairs in update] for update in updates]

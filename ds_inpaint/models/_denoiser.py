@@ -1,0 +1,60 @@
+"""The trained part of a model: created from a folder, and exported into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ds_inpaint.adapters import LoRA, adapter_alone, merged
+from ds_inpaint.models._folder import copy_parts
+from ds_inpaint.values import Placement
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+"""The name that ``load_lora_weights`` of stock pipelines looks for in a folder."""
+
+
+def create(network: Any, folder: Path, placement: Placement) -> Any:
+    """A diffusers model with the weights of ``folder``, placed by the engine, calling its blocks positionally."""
+    config = network.load_config(folder)
+    denoiser: Any = placement.create(lambda: network.from_config(config), folder)
+    if placement.activation_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    else:
+        # ZeRO-3 leaf blocks need positional calls, which diffusers makes only on this path.
+        denoiser.enable_gradient_checkpointing(_call)
+    return denoiser
+
+
+def export(network: Any, source: Path, part: str, weights: dict[str, Tensor], lora: LoRA | None, target: Path) -> None:
+    """Write a copy of the model folder ``source`` with other weights in its denoiser.
+
+    Args:
+        network: diffusers class of the denoiser.
+        source: folder that training started from; its other parts are copied unchanged.
+        part: subfolder of the denoiser.
+        weights: whole state dict of the trained denoiser, with its adapters if there are any; kept in their dtype.
+        lora: the adapters' section. ``target`` then holds the merged model, and ``target/lora`` the adapters for
+            ``load_lora_weights`` on a pipeline of ``source``.
+        target: folder that stock diffusers will load.
+    """
+    copy_parts(source, target, besides=part)
+    if lora is not None:
+        alone = adapter_alone(weights, lora)
+        (target / "lora").mkdir(exist_ok=True)
+        save_file(
+            {f"{part}.{name}": weight.contiguous() for name, weight in alone.items()}, target / "lora" / ADAPTER_FILE
+        )
+        weights = merged(weights, lora)
+    with torch.device("meta"):
+        denoiser = network.from_config(network.load_config(source / part))
+    denoiser.load_state_dict(weights, strict=True, assign=True)
+    denoiser.save_pretrained(target / part, max_shard_size="5GB")
+
+
+def _call(block: Callable[..., Any], *inputs: object) -> Any:
+    return block(*inputs)

@@ -1,0 +1,172 @@
+"""A model folder as diffusers lays it out: checked, found or downloaded, read, and written again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor
+
+from ds_inpaint.errors import InputError
+from ds_inpaint.values import Placement
+
+INDEX = "model_index.json"
+PATH_DOC = "diffusers folder, or the name of a model on the Hugging Face hub."
+REVISION_DOC = "Commit or tag of a hub model; pin it for a run that must be repeatable."
+LORA_DOC = "Train low-rank adapters beside the frozen model; left out, train the whole denoiser."
+
+WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+"""Of transformers and of diffusers; in several files, these names go on with ``.index.json``."""
+DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model")
+NOT_DOWNLOADED = ("*.fp16*", "*.non_ema*")
+"""The same weights again, rounded or older."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the folder of a model family holds."""
+
+    family: str
+    """Its name in messages."""
+    networks: tuple[str, ...]
+    """Parts with weights."""
+    others: tuple[str, ...]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """All subfolders."""
+        return self.networks + self.others
+
+
+def path_problem(path: str, revision: str | None, layout: Layout) -> str | None:
+    """Why ``path`` can be neither a folder of the family nor a hub name; None when it can."""
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.is_absolute() or path.count("/") != 1 or folder.parent.is_dir():
+            return (
+                f"{path!r} is neither an existing folder (looked in {Path.cwd()}) nor a hub name of the form "
+                f"organisation/model."
+            )
+        return None
+    if revision is not None:
+        return f"{folder} is a folder, which has no revisions; remove model.revision or give a hub name."
+    return _incomplete(folder, layout)
+
+
+def find(path: str, revision: str | None, layout: Layout) -> Path:
+    """The folder at ``path``, or that of the hub model of this name, downloaded unless it is in the hub's cache.
+
+    Raises:
+        InputError: it cannot be downloaded, or lacks parts.
+    """
+    if Path(path).is_dir():
+        folder = Path(path)
+    else:
+        files = [INDEX, *(f"{part}/{pattern}" for part in layout.parts for pattern in DOWNLOADED)]
+        try:
+            folder = Path(
+                snapshot_download(path, revision=revision, allow_patterns=files, ignore_patterns=list(NOT_DOWNLOADED))
+            )
+        except (OSError, HFValidationError) as error:
+            raise InputError(
+                f"model.path: there is no folder {path!r}, and downloading the hub model of that name failed. Check "
+                f"the name, model.revision and the network; a gated model also wants its licence accepted on the hub "
+                f"and a login (hf auth login). The hub client says: {error}"
+            ) from error
+    if problem := _incomplete(folder, layout):
+        raise InputError(f"model.path: {problem}")
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of one part."""
+    scheduler = folder / "scheduler_config.json"
+    return json.loads((scheduler if scheduler.is_file() else folder / "config.json").read_text())
+
+
+def load_vae(folder: Path, placement: Placement) -> AutoencoderKL:
+    """The frozen autoencoder of a model folder.
+
+    Raises:
+        InputError: its files cannot be read.
+    """
+    with _readable(folder / "vae"):
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=placement.dtype)
+    return vae.to(placement.device).eval().requires_grad_(False)
+
+
+def load_text(network: Any, tokenizer: Any, folder: Path, suffix: str, placement: Placement) -> tuple[Any, Any]:
+    """The frozen text encoder of a model folder and its tokenizer, of the given transformers classes.
+
+    Args:
+        suffix: end of the names of the two parts, such as ``_2``.
+
+    Raises:
+        InputError: their files cannot be read.
+    """
+    with _readable(folder / f"text_encoder{suffix}"):
+        encoder = network.from_pretrained(folder / f"text_encoder{suffix}", dtype=placement.dtype)
+    with _readable(folder / f"tokenizer{suffix}"):
+        tokens = tokenizer.from_pretrained(folder / f"tokenizer{suffix}")
+    return encoder.to(placement.device).eval().requires_grad_(False), tokens
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str], length: int, device: torch.device) -> Tensor:
+    """int64 [B, length]; longer prompts are truncated, shorter ones padded, as in the published pipelines."""
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return tokens.input_ids.to(device)
+
+
+def copy_parts(source: Path, target: Path, besides: str) -> None:
+    """Copy what the stock pipeline of ``source`` loads, but for one part, unchanged.
+
+    A part that it could do without and that ``source`` lacks, such as a safety checker that was not downloaded,
+    is taken off the index.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    index = json.loads((source / INDEX).read_text())
+    for part, library_and_class in index.items():
+        if not isinstance(library_and_class, list) or part == besides:
+            continue
+        if (source / part).is_dir():
+            shutil.copytree(source / part, target / part, dirs_exist_ok=True)
+        else:
+            index[part] = [None, None]
+    (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"model.path: {folder} could not be loaded: {error}") from error
+
+
+def _incomplete(folder: Path, layout: Layout) -> str | None:
+    missing = [name for name in (INDEX, *layout.parts) if not (folder / name).exists()]
+    if missing:
+        return (
+            f"{folder} is no {layout.family} folder: it lacks {', '.join(missing)}; it must hold "
+            f"{', '.join((INDEX, *layout.parts))} as diffusers saves them."
+        )
+    weightless = [part for part in layout.networks if not _has_weights(folder / part)]
+    if weightless:
+        return (
+            f"{folder} holds no weights in {', '.join(weightless)}; each needs {' or '.join(WEIGHT_FILES)}, whole or "
+            f"in shards with an index."
+        )
+    return None
+
+
+def _has_weights(part: Path) -> bool:
+    return any((part / name).exists() or (part / f"{name}.index.json").exists() for name in WEIGHT_FILES)

@@ -1,0 +1,278 @@
+"""FLUX.1 Fill: a velocity-predicting transformer on 2x2 patches of latents, told of text by T5 and CLIP.
+
+Inputs are those of diffusers' FluxFillPipeline. Axis P counts patches, row by row; the last axis of a patch is
+channel, row, column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch import Tensor
+from torch.nn import functional
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from ds_inpaint.adapters import LoRA, attach
+from ds_inpaint.errors import InputError
+from ds_inpaint.keys import REQUIRED, key
+from ds_inpaint.models._denoiser import create, export
+from ds_inpaint.models._folder import (
+    LORA_DOC,
+    PATH_DOC,
+    REVISION_DOC,
+    Layout,
+    find,
+    load_text,
+    load_vae,
+    path_problem,
+    read_config,
+    token_ids,
+)
+from ds_inpaint.pixels import blank_holes, to_model_range
+from ds_inpaint.processes import RectifiedFlow
+from ds_inpaint.values import Batch, Condition, Denoiser, Placement
+
+LAYOUT = Layout(
+    "FLUX.1 Fill",
+    ("transformer", "vae", "text_encoder", "text_encoder_2"),
+    ("tokenizer", "tokenizer_2", "scheduler"),
+)
+LORA_TARGETS = (
+    *(f"attn.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"attn.{layer}" for layer in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    *(f"{stream}.net.{layer}" for stream in ("ff", "ff_context") for layer in ("0.proj", "2")),
+    *("proj_mlp", "proj_out"),
+)
+PATCH = 2
+"""Side of a patch in latents."""
+
+
+@dataclass(frozen=True)
+class Flux:
+    """Recipe section ``model: {name: flux}``."""
+
+    process: ClassVar[type] = RectifiedFlow
+    leaf_blocks: ClassVar[tuple[str, ...]] = (
+        "diffusers.models.transformers.transformer_flux.FluxTransformerBlock",
+        "diffusers.models.transformers.transformer_flux.FluxSingleTransformerBlock",
+    )
+    """The blocks whose parameters ZeRO-3 gathers as one."""
+
+    path: str = key(REQUIRED, PATH_DOC)
+    revision: str | None = key(None, REVISION_DOC)
+    guidance: float = key(
+        30.0,
+        "Guidance that the distilled transformer is told, in rollout, training and sampling alike; 30 is how FLUX.1 "
+        "Fill is deployed.",
+        at_least=1,
+    )
+    shift: Literal["dynamic"] | float = key(
+        "dynamic",
+        "k of sigma = k t / (1 + (k - 1) t); `dynamic` grows with the image as in the published pipeline.",
+        above=0,
+    )
+    text_tokens: int = key(512, "T5 tokens per prompt; longer prompts are truncated.", at_least=1, at_most=512)
+    lora: LoRA | None = key(None, LORA_DOC)
+
+    def problem(self) -> str | None:
+        """Why ``path`` cannot be a model of this family; None when it can, as far as is known without the network."""
+        problem = path_problem(self.path, self.revision, LAYOUT)
+        folder = Path(self.path)
+        return problem or (self._unfit(folder) if folder.is_dir() else None)
+
+    def load(self, placement: Placement) -> FluxPolicy:
+        """Load the model; its text encoders follow when the first prompt is encoded.
+
+        Raises:
+            InputError: a part cannot be had, the transformer is not one for filling, or a LoRA target does not exist.
+        """
+        folder = find(self.path, self.revision, LAYOUT)
+        if problem := self._unfit(folder):
+            raise InputError(f"model.path: {problem}")
+        transformer = create(FluxTransformer2DModel, folder / "transformer", placement)
+        if self.lora is not None:
+            attach(transformer, self.lora, LORA_TARGETS, entrances=("x_embedder", "context_embedder"))
+        return FluxPolicy(
+            denoiser=transformer,
+            folder=folder,
+            vae=load_vae(folder, placement),
+            text=FluxText(folder, placement, self.text_tokens),
+            scheduler=read_config(folder / "scheduler"),
+            guidance=self.guidance,
+            shift=None if self.shift == "dynamic" else self.shift,
+            lora=self.lora,
+        )
+
+    def _unfit(self, folder: Path) -> str | None:
+        transformer, vae = read_config(folder / "transformer"), read_config(folder / "vae")
+        latents = vae["latent_channels"]
+        pixels = 4 ** (len(vae["block_out_channels"]) - 1)
+        wanted = PATCH**2 * (2 * latents + pixels)
+        if transformer["in_channels"] != wanted:
+            return (
+                f"the transformer of {folder} takes {transformer['in_channels']} channels; one that fills takes "
+                f"{wanted} with this VAE ({PATCH**2} times {latents} noisy latents, {latents} masked-image latents and "
+                f"{pixels} mask pixels)."
+            )
+        if not transformer["guidance_embeds"]:
+            return f"the transformer of {folder} takes no guidance; FLUX.1 Fill does."
+        scheduler = read_config(folder / "scheduler")
+        kind = scheduler.get("time_shift_type", "exponential")
+        if self.shift == "dynamic" and not (scheduler.get("use_dynamic_shifting") and kind == "exponential"):
+            return (
+                f"the scheduler of {folder} has no exponential dynamic shift, which model.shift asks for; give a "
+                f"number instead, such as {scheduler.get('shift', 1.0)}."
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class FluxText:
+    """T5's and CLIP's reading of prompts; the encoders, 5 billion parameters, load when first needed."""
+
+    folder: Path
+    placement: Placement
+    tokens: int
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """``text``: T5 states [B, L, D]; ``pooled``: CLIP's one state per prompt [B, D']."""
+        t5, t5_tokenizer = self._t5
+        clip, clip_tokenizer = self._clip
+        t5_ids_BL = token_ids(t5_tokenizer, prompts, self.tokens, t5.device)
+        clip_ids_BL = token_ids(clip_tokenizer, prompts, clip_tokenizer.model_max_length, clip.device)
+        return {"text": t5(t5_ids_BL).last_hidden_state, "pooled": clip(clip_ids_BL).pooler_output}
+
+    @cached_property
+    def _t5(self) -> tuple[T5EncoderModel, T5TokenizerFast]:
+        return load_text(T5EncoderModel, T5TokenizerFast, self.folder, "_2", self.placement)
+
+    @cached_property
+    def _clip(self) -> tuple[CLIPTextModel, CLIPTokenizer]:
+        return load_text(CLIPTextModel, CLIPTokenizer, self.folder, "", self.placement)
+
+
+def pack(latents_NCHW: Tensor) -> Tensor:
+    """2x2 patches as tokens, [N, P, 4 C]."""
+    return functional.pixel_unshuffle(latents_NCHW, PATCH).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens_NPC: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of ``pack`` for latents of that height and width."""
+    patches = tokens_NPC.transpose(1, 2).unflatten(2, (height // PATCH, width // PATCH))
+    return functional.pixel_shuffle(patches, PATCH)
+
+
+@lru_cache(maxsize=32)
+def positions(rows: int, columns: int, device: torch.device) -> Tensor:
+    """(0, row, column) of each patch, float32 [P, 3]."""
+    grid = torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device))
+    return functional.pad(grid, (1, 0)).float()
+
+
+def dynamic_shift(tokens: int, scheduler: Mapping[str, Any]) -> float:
+    """exp of the line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift) of a scheduler.
+
+    As in diffusers' ``calculate_shift``; the line goes on beyond the two points.
+    """
+    low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+    base, largest = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+    return math.exp(base + (tokens - low) * (largest - base) / (high - low))
+
+
+@dataclass(frozen=True)
+class FluxPolicy:
+    """A loaded FLUX.1 Fill model; see ``values.Policy`` for the contract."""
+
+    denoiser: Denoiser
+    folder: Path
+    vae: AutoencoderKL
+    text: FluxText
+    scheduler: Mapping[str, Any]
+    """Settings of the published scheduler."""
+    guidance: float
+    shift: float | None
+    """None: dynamic."""
+    lora: LoRA | None
+
+    def process(self, height: int, width: int) -> RectifiedFlow:
+        """The flow with the shift for images of that size."""
+        if self.shift is not None:
+            return RectifiedFlow(self.shift)
+        _, rows, columns = self.latent_shape(height, width)
+        return RectifiedFlow(dynamic_shift(rows * columns // PATCH**2, self.scheduler))
+
+    @property
+    def _shrink(self) -> int:
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(16, height / 8, width / 8) for the published model.
+
+        Raises:
+            InputError: the latents of such an image do not divide into patches.
+        """
+        multiple = PATCH * self._shrink
+        if height % multiple or width % multiple:
+            raise InputError(
+                f"data.size: images of {height}x{width} pixels do not fit this model; both sides must be "
+                f"multiples of {multiple}."
+            )
+        return self.vae.config.latent_channels, height // self._shrink, width // self._shrink
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> Condition:
+        """Text states, and for each patch the latents of the image with its hole blanked and the hole's pixels.
+
+        The posterior's mode is taken: a sample would give each member of a group another condition.
+        """
+        device = self.vae.device
+        holes_B1HW = batch.holes_B1HW.to(device)
+        masked_BCHW = blank_holes(to_model_range(batch.images_BCHW.to(device)), holes_B1HW)
+        # The hole keeps its full resolution: the pixels under one latent become its channels.
+        hole_BChw = functional.pixel_unshuffle(holes_B1HW.float(), self._shrink)
+        known_BPC = pack(torch.cat([self._latents(masked_BCHW), hole_BChw], dim=1))
+        return Condition({**self.text(batch.prompts), "known": known_BPC.to(self.vae.dtype)})
+
+    @torch.no_grad()
+    def encode_images(self, images_NCHW: Tensor) -> Tensor:
+        """Latents, float32, of whole uint8 images."""
+        return self._latents(to_model_range(images_NCHW.to(self.vae.device)))
+
+    def _latents(self, images_NCHW: Tensor) -> Tensor:
+        mode_NChw = self.vae.encode(images_NCHW.to(self.vae.dtype)).latent_dist.mode()
+        return (mode_NChw.float() - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def predict(self, latents_NCHW: Tensor, times_N: Tensor, condition: Condition, *, guided: bool) -> Tensor:
+        """The velocity; the guidance is an input of the transformer, and given whether guided or not."""
+        given = condition.tensors
+        text, known = given["text"], given["known"]
+        height, width = latents_NCHW.shape[-2:]
+        output: Any = self.denoiser(
+            torch.cat([pack(latents_NCHW).to(known.dtype), known], dim=-1),
+            encoder_hidden_states=text,
+            pooled_projections=given["pooled"],
+            timestep=times_N,
+            img_ids=positions(height // PATCH, width // PATCH, known.device),
+            txt_ids=text.new_zeros(text.shape[1], 3, dtype=torch.float32),
+            guidance=torch.full_like(times_N, self.guidance),
+            return_dict=False,
+        )
+        return unpack(output[0].float(), height, width)
+
+    @torch.no_grad()
+    def decode(self, latents_NCHW: Tensor) -> Tensor:
+        """Images in [0, 1], float32."""
+        latents = latents_NCHW / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return (self.vae.decode(latents.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def export(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """Write a folder that stock diffusers loads as FluxFillPipeline."""
+        export(FluxTransformer2DModel, self.folder, "transformer", weights, self.lora, folder)

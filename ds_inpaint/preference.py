@@ -1,0 +1,63 @@
+"""Diffusion-DPO: preferring one image to another by how well it is denoised, as pure functions of tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ds_inpaint.advantages import group_statistics
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """The best and the worst of each group."""
+
+    best_B: Tensor
+    """int64, numbers among the N samples; a member of the group even where the weight is 0."""
+    worst_B: Tensor
+    """Likewise."""
+    weights_B: Tensor
+    """float32; 1 for a preference, 0 where the group is too equal or too thin to hold one."""
+
+
+def best_and_worst(rewards_N: Tensor, valid_N: Tensor, group_size: int, least_spread: float) -> Preferences:
+    """Pick a pair from each group, the first of several equals.
+
+    A group holds a preference if it has two valid samples or more and the unbiased standard deviation of their
+    rewards is above ``least_spread``, so that equal rewards never make an arbitrary pair. ``rewards_N`` may hold
+    anything where ``valid_N`` is False; a NaN elsewhere leaves its group without weight.
+    """
+    valid_BG, rewards_BG = valid_N.view(-1, group_size), rewards_N.view(-1, group_size)
+    first_B = torch.arange(0, len(rewards_N), group_size, device=rewards_N.device)
+    return Preferences(
+        first_B + torch.where(valid_BG, rewards_BG, -torch.inf).argmax(1),
+        first_B + torch.where(valid_BG, rewards_BG, torch.inf).argmin(1),
+        (group_statistics(rewards_N, valid_N, group_size).std_B1 > least_spread).float().view(-1),
+    )
+
+
+def preference_margin_N(
+    winner_errors_N: Tensor,
+    loser_errors_N: Tensor,
+    reference_winner_errors_N: Tensor,
+    reference_loser_errors_N: Tensor,
+    beta: float,
+) -> Tensor:
+    """How much more than the reference the policy prefers winner to loser, [N] in nats, float32.
+
+    -beta / 2 * [(winner - reference's winner) - (loser - reference's loser)], the argument of log sigmoid in
+    Diffusion-DPO (2311.12908), whose beta T omega(lambda) the authors' code has as beta / 2. Errors are means over
+    dimensions (``denoising_error_N``), and the betas of the literature belong to that; all four must come from the
+    same noise at the same time.
+    """
+    winner_N = winner_errors_N.float() - reference_winner_errors_N.float()
+    loser_N = loser_errors_N.float() - reference_loser_errors_N.float()
+    return -beta / 2 * (winner_N - loser_N)
+
+
+def preference_loss_N(margin_N: Tensor) -> Tensor:
+    """-log sigmoid(margin), [N]: log 2 while the policy is the reference (2311.12908)."""
+    return functional.softplus(-margin_N)

@@ -1,0 +1,155 @@
+"""How DeepSpeed is set up: the recipe's ``engine`` section, DeepSpeed's own configuration, the processes of a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+# DeepSpeed picks its accelerator while it is imported, and warns when left to find none.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+
+from ds_inpaint.distributed import Ranks
+from ds_inpaint.errors import InputError
+from ds_inpaint.keys import Impossible, key
+
+
+@dataclass(frozen=True)
+class EngineSection:
+    """Section ``engine`` of a recipe."""
+
+    zero_stage: int = key(
+        3,
+        "What ranks divide (ZeRO stage): 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights.",
+        choices=(0, 1, 2, 3),
+    )
+    precision: str = key(
+        "bf16",
+        "Numbers that the model computes in; the optimizer's weights and gradient sums are always fp32.",
+        choices=("fp32", "bf16"),
+    )
+    micro_batch: int = key(
+        1, "Samples per forward on each rank; a memory knob that does not change what is learned.", at_least=1
+    )
+    activation_checkpointing: bool = key(
+        True, "Recompute activations in the backward pass: much less memory, a third more compute."
+    )
+    max_grad_norm: float = key(
+        1.0, "Global gradient norm above which an update is scaled down to it; 0 never does.", at_least=0
+    )
+    gather_once: bool = key(
+        False,
+        "ZeRO-3: keep weights gathered until the next update; for slow links, if a GPU can hold them all.",
+    )
+    reduce_bucket: int = key(250_000_000, "Gradient elements per message between ranks; fewer save memory.", at_least=1)
+    prefetch_bucket: int = key(
+        350_000_000,
+        "ZeRO-3: weight elements gathered ahead; at least those of the largest block.",
+        at_least=0,
+    )
+    timeout_minutes: float = key(
+        60.0, "Minutes that ranks wait for one another, as for slow rewards, before they give up.", above=0
+    )
+
+    def __post_init__(self) -> None:
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise Impossible(
+                "zero_stage",
+                "0 with precision bf16 would sum gradients in bf16, which loses small ones; use 1, 2 or 3, "
+                "or precision fp32.",
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What ``precision`` names."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision]
+
+
+def setup(section: EngineSection) -> Ranks:
+    """Join the other processes of the run, or make a run of one when no launcher started this one.
+
+    Raises:
+        InputError: a launcher set only some of the variables, or there are more ranks than GPUs.
+    """
+    # Advice to DeepSpeed's own developers, on every rank and step; what fails still raises.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    _complete_environment()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"Local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}. "
+                "Start at most that many ranks (deepspeed --num_gpus N)."
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # Without this DeepSpeed compiles a shared-memory operator, which needs a C++ compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    patience = timedelta(minutes=section.timeout_minutes)
+    deepspeed.init_distributed(timeout=patience, verbose=False)
+    return Ranks.of_this_run(local_rank, device, patience)
+
+
+def _complete_environment() -> None:
+    """Check the launcher's variables, or set those of a single process if there is no launcher."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if not missing:
+        return
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= set(missing):
+        raise InputError(
+            f"The environment describes a distributed run but lacks {', '.join(missing)}. "
+            "Start ranks with the deepspeed command or torchrun, or unset RANK, LOCAL_RANK and WORLD_SIZE "
+            "to run a single process."
+        )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(zip(names, ("0", "0", "1", "127.0.0.1", str(port)), strict=True))
+
+
+def deepspeed_config(section: EngineSection, device: torch.device, leaf_classes: Sequence[str]) -> dict[str, Any]:
+    """DeepSpeed's own configuration; no other place knows its keys.
+
+    Args:
+        leaf_classes: dotted names of the repeated blocks; ZeRO-3 gathers each as one unit.
+    """
+    stage = section.zero_stage
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": section.reduce_bucket}
+    zero["overlap_comm"] = device.type == "cuda" and stage >= 2
+    if stage == 3:
+        zero["stage3_prefetch_bucket_size"] = section.prefetch_bucket
+        zero["stage3_param_persistence_threshold"] = 0
+        # True would replace torch.nn.functional.linear for the whole process and change bf16 results.
+        zero["memory_efficient_linear"] = False
+        if leaf_classes:
+            zero["leaf_module"] = {"classes": list(leaf_classes)}
+        if section.gather_once:
+            zero["stage3_max_reuse_distance"] = 10**11
+    return {
+        "train_micro_batch_size_per_gpu": section.micro_batch,
+        # The caller says when to step; the managed mode loses micro-batches in ZeRO-1 and ZeRO-2.
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": section.max_grad_norm if stage > 0 else 0.0,
+        "bf16": {"enabled": section.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+        "log_level": "error",
+        "steps_per_print": 10**9,
+        # The timer waits for the GPU at every forward.
+        "timers": {"throughput": {"enabled": False}},
+    }

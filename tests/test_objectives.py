@@ -1,0 +1,204 @@
+"""The losses of DPO and SFT on small models of both families, against independent computations."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from plain import FormulaRewards, plain_policy, plain_rollout
+from torch.distributions import Normal
+
+from ds_inpaint.algorithms.dpo import DPO
+from ds_inpaint.algorithms.sft import SFT
+from ds_inpaint.data import load, read_rows
+from ds_inpaint.errors import UntrustworthyUpdate
+from ds_inpaint.models.flux import Flux
+from ds_inpaint.models.sd import SD
+from ds_inpaint.noise import sample_noise
+from ds_inpaint.samplers.ddim import DDIM
+from ds_inpaint.samplers.ode import ODE
+
+BRIGHT = FormulaRewards(lambda pictures_NHWC: pictures_NHWC.float().mean((1, 2, 3)))
+EQUAL = FormulaRewards(lambda pictures_NHWC: torch.full((len(pictures_NHWC),), 0.1))
+
+
+@pytest.fixture(scope="module", params=["sd", "flux"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def rollout(family, request):
+    """A rollout of the small model of each family, two steps without noise."""
+    folder = str(request.getfixturevalue({"sd": "small_model", "flux": "small_flux"}[family]))
+    if family == "sd":
+        return plain_rollout(plain_policy(SD(folder)), DDIM(2, 0.0))
+    return plain_rollout(plain_policy(Flux(folder, text_tokens=16)), ODE(2))
+
+
+@pytest.fixture(scope="module")
+def triples(photos: Path):
+    return read_rows(photos / "train.jsonl")[:2]
+
+
+@pytest.fixture(scope="module")
+def cells_BHW(rollout, triples):
+    """Latents that cover any pixel to fill, cell by cell."""
+    holes = load(triples, (64, 64)).holes_B1HW[:, 0]
+    _, height, width = rollout.latent_shape
+    down, right = 64 // height, 64 // width
+    return holes.unflatten(1, (height, down)).unflatten(3, (width, right)).any(2).any(3)
+
+
+@pytest.fixture
+def moved(rollout):
+    """Weights that left the reference, for the time of a test."""
+    module = rollout.policy.denoiser.module
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.add_(0.05 * weight.abs().mean() * torch.randn(weight.shape))
+    yield
+    module.load_state_dict(rollout.policy.denoiser.slots["reference"])
+
+
+def errors_of_one(rollout, task, image, cells_HW, weights_HW=None):
+    """Mean squared error of one image of a task over some cells, alone in its batch."""
+    row = torch.tensor([image])
+    with torch.no_grad():
+        answer = rollout.policy.predict(task.noisy_NCHW[row], task.times_N[row], task.condition.rows(row), guided=False)
+    return (answer - task.targets_NCHW[row])[0][:, cells_HW].square().mean().item()
+
+
+def judged_pairs(rollout, triples, rewards=BRIGHT, **keys):
+    experiences = DPO(group_size=3, **keys).collect(triples, 0, rollout, rewards)
+    return experiences.updates[0], experiences.metrics
+
+
+def test_dpo_starts_at_exactly_log_2(rollout, triples):
+    pairs, metrics = judged_pairs(rollout, triples)
+    assert metrics["preference/pairs"] == 1
+    losses = [DPO().loss(rollout.policy, pair) for pair in pairs]
+    assert sum(loss.shares["loss"] for loss in losses).item() == torch.tensor(2.0).log().item()
+    assert [loss.maxima["preference/max_margin"].item() for loss in losses] == [0.0] * len(losses)
+    DPO().doctor({"preference/max_margin": 0.0})
+    with pytest.raises(UntrustworthyUpdate, match=r"largest \|margin\| between them is 0\.5"):
+        DPO().doctor({"preference/max_margin": 0.5})
+
+
+def test_a_pair_shares_time_noise_and_known_pixels(rollout, triples, family):
+    [pairs], _ = judged_pairs(rollout, triples, hole_only=False)
+    task = pairs.pairs.task
+    assert torch.equal(*task.times_N.chunk(2))
+    if family == "sd":
+        assert torch.equal(*task.targets_NCHW.chunk(2))
+        return
+    sigma = task.times_N.view(-1, 1, 1, 1)
+    noise = task.noisy_NCHW + (1 - sigma) * task.targets_NCHW
+    torch.testing.assert_close(*noise.chunk(2), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("moved")
+def test_dpo_is_the_published_formula_over_the_hole(rollout, triples, cells_BHW):
+    beta = 300.0
+    [pairs], _ = judged_pairs(rollout, triples)
+    task = pairs.pairs.task
+    loss = DPO(beta=beta).loss(rollout.policy, pairs)
+    learner = [errors_of_one(rollout, task, image, cells_BHW[image % 2]) for image in range(4)]
+    with rollout.policy.denoiser.weights("reference"):
+        reference = [errors_of_one(rollout, task, image, cells_BHW[image % 2]) for image in range(4)]
+    gains = [mine - theirs for mine, theirs in zip(learner, reference, strict=True)]
+    margins = [-beta / 2 * (gains[pair] - gains[pair + 2]) for pair in range(2)]
+    expected = sum(-math.log(1 / (1 + math.exp(-margin))) for margin in margins) / 2
+    assert loss.value.item() == pytest.approx(expected, rel=1e-3)
+    assert abs(expected - math.log(2)) > 0.01
+    assert loss.shares["preference/accuracy"] == sum(margin > 0 for margin in margins) / 2
+
+
+def test_dpo_moves_from_loser_to_winner(rollout, triples):
+    """Along the gradient, finite differences agree with it, and winners become easier to denoise than losers."""
+    [pairs], _ = judged_pairs(rollout, triples, beta=100.0)
+    policy, module = rollout.policy, rollout.policy.denoiser.module
+    algorithm = DPO(beta=100.0)
+    algorithm.loss(policy, pairs).value.backward()
+    gradients = [weight.grad.clone() for weight in module.parameters()]
+    module.zero_grad()
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    step = 1e-3 / norm
+
+    def at(distance):
+        with torch.no_grad():
+            for weight, gradient in zip(module.parameters(), gradients, strict=True):
+                weight.add_(distance * gradient)
+            loss = algorithm.loss(policy, pairs)
+            for weight, gradient in zip(module.parameters(), gradients, strict=True):
+                weight.sub_(distance * gradient)
+        return loss
+
+    slope = (at(step).value - at(-step).value) / (2 * step)
+    assert slope.item() == pytest.approx((norm**2).item(), rel=0.05)
+    best, worst = (at(-20 * step).shares[f"preference/{which}_error"] for which in ("best", "worst"))
+    best_now, worst_now = (at(0.0).shares[f"preference/{which}_error"] for which in ("best", "worst"))
+    assert best - best_now < worst - worst_now
+    module.load_state_dict(policy.denoiser.slots["reference"])
+
+
+def test_groups_of_equal_rewards_do_equal_work_of_no_weight(rollout, triples):
+    pairs, metrics = judged_pairs(rollout, triples, EQUAL, times_per_pair=2)
+    assert len(pairs) == 2
+    assert metrics["preference/pairs"] == 0
+    losses = [DPO().loss(rollout.policy, pair) for pair in pairs]
+    assert [loss.value.item() for loss in losses] == [0.0, 0.0]
+    sum(loss.value for loss in losses).backward()
+    assert all(weight.grad.abs().max() == 0 for weight in rollout.policy.denoiser.module.parameters())
+    rollout.policy.denoiser.module.zero_grad()
+
+
+def noised_by_diffusers(family, clean, noise, times):
+    if family == "sd":
+        scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        return scheduler.add_noise(clean, noise, times.long()), noise
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.timesteps, scheduler.sigmas = times, times
+    return scheduler.scale_noise(clean, times, noise), noise - clean
+
+
+@pytest.mark.parametrize("times", ["uniform", "logit_normal"])
+def test_sft_is_the_error_on_the_original_images(rollout, triples, cells_BHW, family, times):
+    weight, policy = 3.0, rollout.policy
+    algorithm = SFT(times=times, hole_weight=weight, prompt_dropout=0.0)
+    [[shown]] = algorithm.collect(triples, 5, rollout, BRIGHT).updates
+    loss = algorithm.loss(policy, shown)
+
+    draws = sample_noise(0, "sft times", 5, [0, 1], ())
+    levels = Normal(0.0, 1.0).cdf(draws) if times == "uniform" else draws.sigmoid()
+    process = policy.process(64, 64)
+    moments = (levels * 1000).floor() if family == "sd" else process.shift / (process.shift + 1 / levels - 1)
+    noise = sample_noise(0, "sft noise", 5, [0, 1], rollout.latent_shape)
+    batch = load(triples, (64, 64))
+    noisy, targets = noised_by_diffusers(family, policy.encode_images(batch.images_BCHW), noise, moments)
+    torch.testing.assert_close(shown.task.noisy_NCHW, noisy, atol=1e-5, rtol=1e-5)
+    expected = 0.0
+    for image in range(2):
+        given = policy.encode(batch.rows(slice(image, image + 1)))
+        with torch.no_grad():
+            answer = policy.predict(noisy[image, None], moments[image, None], given, guided=False)
+        squares = (answer[0] - targets[image]).square()
+        hole, known = squares[:, cells_BHW[image]], squares[:, ~cells_BHW[image]]
+        mean = (weight * hole.sum() + known.sum()) / (weight * hole.numel() + known.numel())
+        expected += mean.item() / 2
+    assert loss.value.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_prompts_are_dropped_at_the_rate_asked_for(rollout, triples, monkeypatch):
+    prompts = []
+    monkeypatch.setattr(
+        type(rollout), "prepare", lambda self, triples, *others: prompts.extend(triple.prompt for triple in triples)
+    )
+    with pytest.raises(AttributeError):
+        SFT(prompt_dropout=0.3).collect([triples[0]] * 400, 0, rollout, BRIGHT)
+    assert 90 < prompts.count("") < 150
+    assert prompts.count(triples[0].prompt) == 400 - prompts.count("")
