@@ -27,7 +27,9 @@ class LoRA:
     """Recipe section ``model.lora``. There is no dropout: rollout and update must compute the same."""
 
     rank: int = key(32, "Rank of the adapters; a higher one can learn more and takes more memory.", at_least=1)
-    alpha: int = key(64, "What an adapter adds is multiplied by alpha / rank.", at_least=1)
+    alpha: float | None = key(
+        None, "What an adapter adds is multiplied by alpha / rank; left out, alpha is twice the rank.", above=0
+    )
     targets: list[str] | None = key(
         None,
         "Ends of the names of the linear layers that are adapted, such as attn.to_q; left out, all those of attention "
@@ -41,7 +43,7 @@ class LoRA:
     @property
     def scale(self) -> float:
         """Factor on what the adapters add."""
-        return self.alpha / self.rank
+        return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
 def attach(denoiser: Any, lora: LoRA, default_targets: Sequence[str], entrances: Sequence[str]) -> None:
@@ -57,12 +59,38 @@ def attach(denoiser: Any, lora: LoRA, default_targets: Sequence[str], entrances:
     Raises:
         InputError: a target fits no linear layer of a block.
     """
-    layers = _layers_to_adapt(denoiser, lora.targets or default_targets)
+    layers = layers_to_adapt(denoiser, lora, default_targets)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
-        denoiser.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=layers), ADAPTER)
+        alpha: Any = lora.scale * lora.rank  # peft takes any number, but is annotated int
+        denoiser.add_adapter(LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=layers), ADAPTER)
     for entrance in entrances:
         denoiser.get_submodule(entrance).register_forward_hook(_require_grad)
+
+
+def layers_to_adapt(denoiser: nn.Module, lora: LoRA, default_targets: Sequence[str]) -> list[str]:
+    """Names of the linear layers in the numbered blocks that end like one of the targets.
+
+    Only names are looked at: the model may be on the meta device.
+
+    Raises:
+        InputError: a target fits no linear layer of a block.
+    """
+    targets = default_targets if lora.targets is None else lora.targets
+    layers = [
+        name
+        for name, module in denoiser.named_modules()
+        if isinstance(module, nn.Linear) and any(part.isdigit() for part in name.split("."))
+    ]
+    for target in targets:
+        if not any(_ends_like(name, target) for name in layers):
+            known = {tail for name in layers for tail in _tails(name)}
+            raise InputError(
+                f"model.lora.targets: no linear layer in the blocks of this model has a name ending in {target!r}."
+                f"{did_you_mean(target, known)} Give ends of names such as {layers[0].rpartition('.')[2]}, or leave "
+                f"the key out."
+            )
+    return [name for name in layers if any(_ends_like(name, target) for target in targets)]
 
 
 def merged(weights: dict[str, Tensor], lora: LoRA) -> dict[str, Tensor]:
@@ -103,24 +131,6 @@ def _is_adapter(name: str) -> bool:
 def _require_grad(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     if torch.is_grad_enabled():
         output.requires_grad_()
-
-
-def _layers_to_adapt(denoiser: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Names of the linear layers in the numbered blocks that end like one of the targets."""
-    layers = [
-        name
-        for name, module in denoiser.named_modules()
-        if isinstance(module, nn.Linear) and any(part.isdigit() for part in name.split("."))
-    ]
-    for target in targets:
-        if not any(_ends_like(name, target) for name in layers):
-            known = {tail for name in layers for tail in _tails(name)}
-            raise InputError(
-                f"model.lora.targets: no linear layer in the blocks of this model has a name ending in {target!r}."
-                f"{did_you_mean(target, known)} Give ends of names such as {layers[0].rpartition('.')[2]}, or leave "
-                f"the key out."
-            )
-    return [name for name in layers if any(_ends_like(name, target) for target in targets)]
 
 
 def _ends_like(name: str, target: str) -> bool:

@@ -31,8 +31,9 @@ class Transition:
     def log_prob_N(self, next_NCHW: Tensor) -> Tensor:
         """Log-density of the next latents as a MEAN over the counted ones, nats per dimension, [N].
 
-        The mean keeps the scale independent of resolution and mask size; clip ranges of the literature (1e-4)
-        belong to it. Raises ZeroDivisionError on a deterministic step, which has no density.
+        Clip ranges of the literature (1e-4) belong to the mean. Its spread falls with the square root of the number
+        of counted latents, so that a small hole has larger gradients than a large one. Raises ZeroDivisionError on
+        a deterministic step, which has no density.
         """
         squared_error_N = mean_N((next_NCHW - self.mean_NCHW).square(), self.focus.counted_N1HW)
         log_prob_N = -squared_error_N / (2 * self.std**2) - math.log(self.std) - 0.5 * math.log(2 * math.pi)
@@ -65,8 +66,11 @@ class Schedule:
     steps: tuple[Step, ...]
     quiet_steps: tuple[Step, ...]
     """The same steps of the same sampler without noise."""
-    trainable_steps: tuple[int, ...]
-    """Steps with a log-prob to learn from: those that draw noise, without the last."""
+
+    @property
+    def trainable_steps(self) -> tuple[int, ...]:
+        """Steps with a log-prob to learn from: those that draw noise, without the last."""
+        return tuple(number for number, step in enumerate(self.steps[:-1]) if step.std > 0)
 
     def times_N(self, step: int, latents_NCHW: Tensor) -> Tensor:
         """The time of a step for each of N latents, on their device."""

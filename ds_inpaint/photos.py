@@ -2,7 +2,7 @@
 
     python -m ds_inpaint.photos data/photos
 
-writes ``train.jsonl`` (256 rows) and ``heldout.jsonl`` (128 rows) with rows ``{"id", "image", "mask",
+writes ``train.jsonl`` (256 rows) and ``heldout.jsonl`` (256 rows) with rows ``{"id", "image", "mask",
 "prompt"}``, PNG images of 64x64 pixels and masks of the same size (white is the region to fill). Nothing
 is downloaded, and the same version of scikit-image gives the same bytes every time.
 
@@ -42,7 +42,7 @@ HELDOUT_WIDTH = 0.4
 MASK_AREA = (0.1, 0.4)
 """Smallest and largest part of a crop that a mask may cover."""
 
-ROWS_PER_PHOTO: dict[Split, int] = {"train": 32, "heldout": 16}
+ROWS_PER_PHOTO: dict[Split, int] = {"train": 32, "heldout": 32}
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
 
 

@@ -119,12 +119,12 @@ class Rollout:
             parts: this rank's sample numbers, one list per update.
 
         Raises:
-            InputError: on all ranks together, whichever met an image or mask that cannot be used.
+            InputError: on all ranks together, whichever met an image, a mask or a text encoder that cannot be used.
         """
         owners = sorted({sample // group_size for part in parts for sample in part})
         with self.ranks.together():
             batch = load([triples[owner] for owner in owners], self.pixels)
-        conditions = [self.policy.encode(batch.rows(slice(row, row + 1))) for row in range(len(owners))]
+            conditions = [self.policy.encode(batch.rows(slice(row, row + 1))) for row in range(len(owners))]
         return Prepared(group_size, parts, tuple(owners), batch, Condition.concatenate(conditions))
 
     def run(

@@ -181,6 +181,7 @@ class TrainingRun:
         started = time.perf_counter()
         totals: list[dict[str, float]] = []
         maxima: set[str] = set()
+        before: int | None = None
         for micro_batches in experiences.updates:
             self.ranks.agree("update", micro_batches=len(micro_batches))
             meter = Meter()
@@ -193,9 +194,7 @@ class TrainingRun:
             if first and not totals:
                 self.recipe.algorithm.doctor(total)
             step = self.engine.step()
-            every = self.recipe.algorithm.reference_every
-            if every and step.applied and step.updates % every == 0:
-                self.engine.save_slot("reference")
+            before = step.updates - step.applied if before is None else before
             totals.append(
                 {
                     **total,
@@ -204,6 +203,10 @@ class TrainingRun:
                     "update/skipped": float(not step.applied),
                 }
             )
+        every = self.recipe.algorithm.reference_every
+        # Not between the updates of an iteration, all of which were prepared with one reference.
+        if every and step.updates // every > before // every:
+            self.engine.save_slot("reference")
         return {
             **experiences.metrics,
             **over_updates(totals, maxima),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxFillPipeline, StableDiffusionInpaintPipeline
 from model_helpers import draw, draw_with_diffusers, noise_for, placement, two_triples
+from peft.tuners.lora import LoraLayer
 
 from ds_inpaint import schema
 from ds_inpaint.adapters import LoRA, merged
@@ -122,9 +123,11 @@ def test_named_targets_are_adapted_and_no_others(load):
     ("target", "told"),
     [("to_qq", "ending in 'to_qq'. Did you mean to_q"), ("ff.net.3", "Did you mean ff.net.2"), ("x_embedder", "")],
 )
-def test_a_target_that_does_not_exist_is_told(load, target, told):
+def test_a_target_that_does_not_exist_is_told_before_any_weights_are_read(family, folder, target, told):
+    unread = replace(placement(), create=lambda build, folder: pytest.fail("the weights were read"))
+    section = FAMILIES[family][0](path=str(folder), lora=LoRA(targets=["to_k", target]))
     with pytest.raises(InputError, match=r"model\.lora\.targets: no linear layer in the blocks") as caught:
-        load(LoRA(targets=["to_k", target]))
+        section.load(unread)
     assert told in str(caught.value)
 
 
@@ -141,6 +144,14 @@ def test_checkpointing_changes_no_gradient_and_every_adapter_has_one(family, loa
     for name, gradient in gradients[0].items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(gradient, gradients[1][name])
+
+
+def test_alpha_is_twice_the_rank_unless_it_is_given(small_flux):
+    for lora, scale in ((LoRA(rank=8), 2), (LoRA(rank=3), 2), (LoRA(rank=4, alpha=1), 0.25)):
+        assert lora.scale == scale
+        denoiser = Flux(path=str(small_flux), lora=lora).load(placement()).denoiser
+        scales = {module.scaling["default"] for module in denoiser.modules() if isinstance(module, LoraLayer)}
+        assert scales == {scale}
 
 
 def test_merging_is_that_of_diffusers(load, trained):
@@ -179,7 +190,7 @@ class Recipe:
         ("", [], None),
         (", lora: {}", [], LoRA()),
         (", lora: {rank: 8, targets: [to_q]}", ["model.lora.alpha=8"], LoRA(8, 8, ["to_q"])),
-        ("", ["model.lora.rank=8"], LoRA(rank=8)),
+        ("", ["model.lora.rank=8"], LoRA(rank=8, alpha=None)),
         (", lora: {rank: 8}", ["model.lora="], None),
     ],
 )
@@ -197,6 +208,7 @@ def test_recipes_have_an_optional_section(tmp_path, text, overrides, lora):
     [
         ("{targets: []}", "model.lora.targets: an empty list adapts nothing"),
         ("{dropout: 0.1}", "model.lora.dropout: unknown key. Allowed here: rank, alpha, targets."),
+        ("{alpha: 0}", "model.lora.alpha: expected a number above 0, or null; found 0"),
         ("{rank: 0}", "model.lora.rank: expected an integer of at least 1"),
     ],
 )

@@ -74,11 +74,13 @@ def test_the_condition_is_what_diffusers_makes_of_prompt_mask_and_image(pipeline
     mask, image = pipeline.prepare_mask_latents(
         batch.holes_B1HW.float(), mode, 2, 16, 1, 64, 96, torch.float32, CPU, None
     )
-    text, pooled, _ = pipeline.encode_prompt(list(batch.prompts), list(batch.prompts), max_sequence_length=TOKENS)
+    texts, pooled, _ = zip(
+        *(pipeline.encode_prompt(prompt, prompt, max_sequence_length=TOKENS) for prompt in batch.prompts), strict=True
+    )
     assert given["known"].shape == (2, 24, 64 + 256)
     assert torch.equal(given["known"], torch.cat([image, mask], dim=-1))
-    assert torch.equal(given["text"], text)
-    assert torch.equal(given["pooled"], pooled)
+    assert torch.equal(given["text"], torch.cat(texts))
+    assert torch.equal(given["pooled"], torch.cat(pooled))
 
 
 def test_packing_and_positions_are_those_of_diffusers(pipeline):
@@ -165,6 +167,11 @@ def test_images_that_do_not_divide_into_patches_are_refused(policy):
     assert policy.latent_shape(64, 96) == (16, 8, 12)
     with pytest.raises(InputError, match=r"images of 64x72 pixels do not fit this model; .* 16\."):
         policy.latent_shape(64, 72)
+
+
+def test_sizes_that_do_not_fit_are_known_before_loading(folder):
+    assert Flux(path=str(folder)).size_problem(64, 96) is None
+    assert "images of 72x64 pixels do not fit this model" in Flux(path=str(folder)).size_problem(72, 64)
 
 
 def test_a_folder_that_cannot_be_trained_is_known_before_loading(folder, tmp_path):

@@ -54,18 +54,26 @@ def cells_BHW(rollout, triples):
 
 
 @pytest.fixture
-def moved(rollout):
+def module(rollout):
+    """The denoiser; what a test does to its weights and gradients ends with the test."""
+    denoiser = rollout.policy.denoiser
+    try:
+        yield denoiser.module
+    finally:
+        denoiser.module.load_state_dict(denoiser.slots["reference"])
+        denoiser.module.zero_grad()
+
+
+@pytest.fixture
+def moved(module):
     """Weights that left the reference, for the time of a test."""
-    module = rollout.policy.denoiser.module
     torch.manual_seed(0)
     with torch.no_grad():
         for weight in module.parameters():
             weight.add_(0.05 * weight.abs().mean() * torch.randn(weight.shape))
-    yield
-    module.load_state_dict(rollout.policy.denoiser.slots["reference"])
 
 
-def errors_of_one(rollout, task, image, cells_HW, weights_HW=None):
+def errors_of_one(rollout, task, image, cells_HW):
     """Mean squared error of one image of a task over some cells, alone in its batch."""
     row = torch.tensor([image])
     with torch.no_grad():
@@ -83,15 +91,15 @@ def test_dpo_starts_at_exactly_log_2(rollout, triples):
     assert metrics["preference/pairs"] == 1
     losses = [DPO().loss(rollout.policy, pair) for pair in pairs]
     assert sum(loss.shares["loss"] for loss in losses).item() == torch.tensor(2.0).log().item()
-    assert [loss.maxima["preference/max_margin"].item() for loss in losses] == [0.0] * len(losses)
-    DPO().doctor({"preference/max_margin": 0.0})
-    with pytest.raises(UntrustworthyUpdate, match=r"largest \|margin\| between them is 0\.5"):
-        DPO().doctor({"preference/max_margin": 0.5})
+    assert [loss.maxima["preference/max_deviation"].item() for loss in losses] == [0.0] * len(losses)
+    DPO().doctor({"preference/max_deviation": 0.0})
+    with pytest.raises(UntrustworthyUpdate, match=r"differ by up to 0\.5 of their size"):
+        DPO().doctor({"preference/max_deviation": 0.5})
 
 
 def test_a_pair_shares_time_noise_and_known_pixels(rollout, triples, family):
     [pairs], _ = judged_pairs(rollout, triples, hole_only=False)
-    task = pairs.pairs.task
+    task = pairs.task
     assert torch.equal(*task.times_N.chunk(2))
     if family == "sd":
         assert torch.equal(*task.targets_NCHW.chunk(2))
@@ -105,7 +113,7 @@ def test_a_pair_shares_time_noise_and_known_pixels(rollout, triples, family):
 def test_dpo_is_the_published_formula_over_the_hole(rollout, triples, cells_BHW):
     beta = 300.0
     [pairs], _ = judged_pairs(rollout, triples)
-    task = pairs.pairs.task
+    task = pairs.task
     loss = DPO(beta=beta).loss(rollout.policy, pairs)
     learner = [errors_of_one(rollout, task, image, cells_BHW[image % 2]) for image in range(4)]
     with rollout.policy.denoiser.weights("reference"):
@@ -118,14 +126,12 @@ def test_dpo_is_the_published_formula_over_the_hole(rollout, triples, cells_BHW)
     assert loss.shares["preference/accuracy"] == sum(margin > 0 for margin in margins) / 2
 
 
-def test_dpo_moves_from_loser_to_winner(rollout, triples):
+def test_dpo_moves_from_loser_to_winner(rollout, triples, module):
     """Along the gradient, finite differences agree with it, and winners become easier to denoise than losers."""
     [pairs], _ = judged_pairs(rollout, triples, beta=100.0)
-    policy, module = rollout.policy, rollout.policy.denoiser.module
     algorithm = DPO(beta=100.0)
-    algorithm.loss(policy, pairs).value.backward()
-    gradients = [weight.grad.clone() for weight in module.parameters()]
-    module.zero_grad()
+    algorithm.loss(rollout.policy, pairs).value.backward()
+    gradients = [weight.grad for weight in module.parameters()]
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
     step = 1e-3 / norm
 
@@ -133,7 +139,7 @@ def test_dpo_moves_from_loser_to_winner(rollout, triples):
         with torch.no_grad():
             for weight, gradient in zip(module.parameters(), gradients, strict=True):
                 weight.add_(distance * gradient)
-            loss = algorithm.loss(policy, pairs)
+            loss = algorithm.loss(rollout.policy, pairs)
             for weight, gradient in zip(module.parameters(), gradients, strict=True):
                 weight.sub_(distance * gradient)
         return loss
@@ -143,18 +149,16 @@ def test_dpo_moves_from_loser_to_winner(rollout, triples):
     best, worst = (at(-20 * step).shares[f"preference/{which}_error"] for which in ("best", "worst"))
     best_now, worst_now = (at(0.0).shares[f"preference/{which}_error"] for which in ("best", "worst"))
     assert best - best_now < worst - worst_now
-    module.load_state_dict(policy.denoiser.slots["reference"])
 
 
-def test_groups_of_equal_rewards_do_equal_work_of_no_weight(rollout, triples):
+def test_groups_of_equal_rewards_do_equal_work_of_no_weight(rollout, triples, module):
     pairs, metrics = judged_pairs(rollout, triples, EQUAL, times_per_pair=2)
     assert len(pairs) == 2
     assert metrics["preference/pairs"] == 0
     losses = [DPO().loss(rollout.policy, pair) for pair in pairs]
     assert [loss.value.item() for loss in losses] == [0.0, 0.0]
     sum(loss.value for loss in losses).backward()
-    assert all(weight.grad.abs().max() == 0 for weight in rollout.policy.denoiser.module.parameters())
-    rollout.policy.denoiser.module.zero_grad()
+    assert all(weight.grad.abs().max() == 0 for weight in module.parameters())
 
 
 def noised_by_diffusers(family, clean, noise, times):
@@ -193,12 +197,14 @@ def test_sft_is_the_error_on_the_original_images(rollout, triples, cells_BHW, fa
     assert loss.value.item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_prompts_are_dropped_at_the_rate_asked_for(rollout, triples, monkeypatch):
-    prompts = []
-    monkeypatch.setattr(
-        type(rollout), "prepare", lambda self, triples, *others: prompts.extend(triple.prompt for triple in triples)
-    )
-    with pytest.raises(AttributeError):
-        SFT(prompt_dropout=0.3).collect([triples[0]] * 400, 0, rollout, BRIGHT)
+def test_prompts_are_dropped_at_the_rate_asked_for(triples):
+    def shown(iteration, dropout=0.3):
+        algorithm = SFT(prompt_dropout=dropout)
+        return [algorithm._with_prompt_or_not(triples[0], 0, iteration, number) for number in range(400)]
+
+    prompts = [triple.prompt for triple in shown(0)]
     assert 90 < prompts.count("") < 150
     assert prompts.count(triples[0].prompt) == 400 - prompts.count("")
+    assert shown(0) == shown(0) != shown(1)
+    assert shown(0, dropout=0.0) == [triples[0]] * 400
+    assert {triple.prompt for triple in shown(0, dropout=1.0)} == {""}

@@ -1,4 +1,4 @@
-"""The demo dataset and the tiny base model that the CPU recipes start from."""
+"""The demo dataset and the tiny base models that the CPU recipes start from."""
 
 from __future__ import annotations
 
@@ -11,12 +11,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
+    StableDiffusionInpaintPipeline,
+)
+from torch import nn
 
 from ds_inpaint import photos
 from ds_inpaint.images import read_png, read_triple
 
-MODEL = Path(__file__).parents[1] / "recipes" / "tiny" / "models" / "sd"
+MODELS = Path(__file__).parents[1] / "recipes" / "tiny" / "models"
+PIPELINES = {
+    "sd": (StableDiffusionInpaintPipeline, DDIMScheduler, {"num_inference_steps": 10, "guidance_scale": 1.0}),
+    "flux": (
+        FluxFillPipeline,
+        FlowMatchEulerDiscreteScheduler,
+        {"num_inference_steps": 10, "guidance_scale": 30.0, "max_sequence_length": 16},
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +50,14 @@ def rows(folder):
 
 def read(folder, rows):
     """uint8 images [N, 3, 64, 64] and bool masks [N, 1, 64, 64]."""
-    triples = [read_triple(folder / row["image"], folder / row["mask"], photos.SIDE, "test") for row in rows]
+    triples = [
+        read_triple(folder / row["image"], folder / row["mask"], (photos.SIDE, photos.SIDE), "test") for row in rows
+    ]
     return [torch.stack(column) for column in zip(*triples, strict=True)]
 
 
 def test_rows_are_complete_and_unique(folder, rows):
-    assert {split: len(part) for split, part in rows.items()} == {"train": 256, "heldout": 128}
+    assert {split: len(part) for split, part in rows.items()} == {"train": 256, "heldout": 256}
     both = rows["train"] + rows["heldout"]
     assert {tuple(row) for row in both} == {("id", "image", "mask", "prompt")}
     for column in ("id", "image", "mask"):
@@ -84,12 +100,15 @@ def test_missing_scikit_image_is_explained(monkeypatch, capsys, tmp_path):
     assert "pip install ds_inpaint[demo]" in capsys.readouterr().err
 
 
-def test_the_shipped_base_fills_heldout_holes(folder, rows):
-    pipeline = StableDiffusionInpaintPipeline.from_pretrained(MODEL)
+@pytest.mark.parametrize("family", PIPELINES)
+def test_the_shipped_bases_fill_heldout_holes(folder, rows, family):
+    kind, scheduler, settings = PIPELINES[family]
+    pipeline = kind.from_pretrained(MODELS / family)
     pipeline.set_progress_bar_config(disable=True)
-    assert isinstance(pipeline.scheduler, DDIMScheduler)
-    assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
-    chosen = rows["heldout"][::8]
+    assert isinstance(pipeline.scheduler, scheduler)
+    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    assert {network.dtype for network in networks} == {torch.float32}
+    chosen = rows["heldout"][::16]
     images, masks = read(folder, chosen)
     originals_N3HW, holes_N1HW = images / 255, masks.float()
     filled_N3HW = pipeline(
@@ -98,10 +117,9 @@ def test_the_shipped_base_fills_heldout_holes(folder, rows):
         mask_image=holes_N1HW,
         height=photos.SIDE,
         width=photos.SIDE,
-        num_inference_steps=10,
-        guidance_scale=1.0,
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
+        **settings,
     ).images
 
     def error(fill):

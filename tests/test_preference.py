@@ -7,17 +7,9 @@ import math
 import pytest
 import torch
 
-from ds_inpaint.denoising import denoising_error_N
 from ds_inpaint.preference import best_and_worst, preference_loss_N, preference_margin_N
 
 NAN = math.nan
-
-
-def test_policy_equal_to_reference_loses_log_2_exactly():
-    winner, loser = torch.rand(2, 5, generator=torch.Generator().manual_seed(0))
-    margin = preference_margin_N(winner, loser, winner, loser, 5000.0)
-    assert torch.equal(margin, torch.zeros(5))
-    assert torch.equal(preference_loss_N(margin), torch.full((5,), math.log(2)))
 
 
 def test_loss_is_minus_log_sigmoid():
@@ -39,38 +31,6 @@ def test_a_hopeless_pair_has_a_finite_loss_and_gradient():
 def test_errors_of_low_precision_are_compared_in_float32():
     errors = torch.rand(4, 3).bfloat16()
     assert preference_margin_N(*errors, 100.0).dtype == torch.float32
-
-
-def test_a_step_favours_the_winner_and_the_gradient_is_the_slope():
-    """A linear denoiser of 6 numbers, in float64."""
-    torch.manual_seed(0)
-    noisy, targets = torch.randn(2, 4, 6, 1, 1, dtype=torch.float64)  # winners are the first two
-
-    def errors(weights):
-        prediction = torch.einsum("ij,njhw->nihw", weights, noisy)
-        return (prediction - targets).square().mean((1, 2, 3)).chunk(2)
-
-    reference = torch.randn(6, 6, dtype=torch.float64)
-    torch.testing.assert_close(
-        torch.cat(errors(reference)).float(),
-        denoising_error_N(torch.einsum("ij,njhw->nihw", reference, noisy), targets),
-    )
-
-    def loss(weights):
-        return preference_loss_N(preference_margin_N(*errors(weights), *errors(reference), 1.0)).mean()
-
-    weights = (reference + 0.1 * torch.randn(6, 6, dtype=torch.float64)).requires_grad_()
-    loss(weights).backward()
-    direction = weights.grad / weights.grad.norm()
-    start = weights.detach()
-    slope = float(loss(start + 0.02 * direction) - loss(start - 0.02 * direction)) / 0.04
-    assert slope == pytest.approx(float(weights.grad.norm()), rel=0.01)
-
-    def gap(weights):
-        winner, loser = errors(weights)
-        return float((winner - loser).mean())
-
-    assert gap(start - 0.01 * direction) < gap(start)
 
 
 def test_pairs_of_groups():

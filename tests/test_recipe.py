@@ -80,6 +80,10 @@ BROKEN = {
         "integer of at least 16; found 8 (an integer). Meaning: Pixels of the images: the side of squares, or [height, "
         "width]; a picture is scaled and cropped to it.",
     ),
+    "images that the model cannot take": (
+        ("  size: 64", "  size: [64, 72]"),
+        "grpo.yaml:11: data.size: images of 64x72 pixels do not fit this model; both sides must be multiples of 64.",
+    ),
     "group of one": (
         ("group_size: 4", "group_size: 1"),
         "grpo.yaml:18: algorithm.group_size: expected an integer of at least 2; found 1 (an integer). Meaning: "
@@ -167,7 +171,8 @@ def folder(tmp_path, monkeypatch):
         Path("model", part).mkdir(parents=True)
         Path("model", part, weights).touch()
     Path("model", "model_index.json").touch()
-    Path("model", "unet", "config.json").write_text('{"in_channels": 9}')
+    Path("model", "unet", "config.json").write_text('{"in_channels": 9, "block_out_channels": [32, 64, 128, 128]}')
+    Path("model", "vae", "config.json").write_text('{"block_out_channels": [32, 64, 128, 128]}')
     Path("model", "scheduler", "scheduler_config.json").write_text("{}")
     for name in ("train.jsonl", "heldout.jsonl"):
         Path(name).touch()

@@ -13,6 +13,12 @@ from ds_inpaint.recipe import Recipe, load_recipe
 ALGORITHMS, MODELS = ("grpo", "dpo", "sft"), ("sd", "flux")
 PAIRS = [f"{algorithm}_{model}" for algorithm, model in product(ALGORITHMS, MODELS)]
 FOLDERS = (Path("recipes"), Path("recipes/tiny"))
+DECIDED_BY = {
+    **dict.fromkeys(("run.name", "run.dir", "run.iterations", "data.batch", "sampler", "algorithm"), "both"),
+    **dict.fromkeys(("optimizer.schedule", "optimizer.warmup_steps"), "algorithm"),
+    **dict.fromkeys(("model", "engine.zero_stage", "engine.micro_batch", "evaluation.sampler"), "model"),
+}
+"""What the sections and keys hang on that are not the same in all six production recipes."""
 
 
 def sections(path: Path) -> dict[str, dict[str, object]]:
@@ -31,26 +37,18 @@ def test_there_is_one_recipe_for_each_algorithm_and_model(folder):
 def test_a_shipped_recipe_is_valid(path, photos):
     files = [f"data.train={photos / 'train.jsonl'}", f"data.heldout={photos / 'heldout.jsonl'}"]
     ranks = 2 if "tiny" in path.parts else 8
-    recipe = load_recipe(path, files, ranks)
-    assert schema.load(path, files, Recipe).value == recipe
+    load_recipe(path, files, ranks)
     assert f"--num_gpus {ranks} -m ds_inpaint.run {path}" in path.read_text()
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-def test_a_shipped_recipe_takes_adapters_and_every_zero_stage(pair):
-    path = Path("recipes") / f"{pair}.yaml"
-    for stage in (1, 2, 3):
-        assert schema.load(path, ["model.lora.rank=8", f"engine.zero_stage={stage}"], Recipe).value.model.lora.rank == 8
 
 
 def test_production_recipes_differ_only_where_the_algorithm_or_the_model_differs():
     recipes = {pair: sections(Path("recipes") / f"{pair}.yaml") for pair in PAIRS}
-    first = recipes["grpo_sd"]
+    for recipe in recipes.values():  # left out, it is that of the rollouts
+        recipe["evaluation"]["sampler"] = recipe["evaluation"]["sampler"] or recipe["sampler"]
     for pair, recipe in recipes.items():
         algorithm, model = pair.split("_")
-        for name in ("rewards", "ema", "checkpoint", "tracking"):
-            assert recipe[name] == first[name], f"{pair}: {name}"
-        assert {**recipe["data"], "batch": None} == {**first["data"], "batch": None}, pair
-        for name in ("model", "engine"):
-            assert recipe[name] == recipes[f"grpo_{model}"][name], f"{pair}: {name}"
-        assert recipe["optimizer"] == recipes[f"{algorithm}_sd"]["optimizer"], pair
+        twins = {None: "grpo_sd", "algorithm": f"{algorithm}_sd", "model": f"grpo_{model}", "both": pair}
+        for section, keys in recipe.items():
+            for name, value in keys.items():
+                twin = twins[DECIDED_BY.get(section) or DECIDED_BY.get(f"{section}.{name}")]
+                assert value == recipes[twin][section][name], f"{section}.{name} of {pair} and {twin}"

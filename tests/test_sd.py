@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from model_helpers import draw, draw_with_diffusers, noise_for, placement, two_t
 from torch.nn import functional
 
 from ds_inpaint.errors import InputError
+from ds_inpaint.models import _prompts
 from ds_inpaint.models.sd import SD
 from ds_inpaint.pixels import to_model_range
 
@@ -53,9 +55,9 @@ def test_the_condition_is_what_diffusers_makes_of_prompt_mask_and_image(pipeline
     given = policy.encode(batch).tensors
     masked = to_model_range(batch.images_BCHW) * (batch.holes_B1HW.float() < 0.5)
     with torch.no_grad():
-        text, _ = pipeline.encode_prompt(list(batch.prompts), torch.device("cpu"), 1, False)
+        texts = [pipeline.encode_prompt(prompt, torch.device("cpu"), 1, False)[0] for prompt in batch.prompts]
         masked_latents = pipeline.vae.encode(masked).latent_dist.mode() * pipeline.vae.config.scaling_factor
-    assert torch.equal(given["text"], text)
+    assert torch.equal(given["text"], torch.cat(texts))
     assert torch.equal(given["masked_latents"], masked_latents)
     assert torch.equal(given["hole"], functional.interpolate(batch.holes_B1HW.float(), size=(16, 16)))
 
@@ -100,6 +102,18 @@ def test_the_text_encoder_loads_when_a_prompt_is_encoded(batch, policy, tmp_path
     assert fresh.predict(noise_for(fresh, batch), TIMES, policy.encode(batch), guided=True).isfinite().all()
     with pytest.raises(InputError, match="text_encoder could not be loaded"):
         fresh.encode(batch)
+
+
+def test_a_prompt_is_encoded_once_and_alone_until_the_cache_is_full(batch, monkeypatch):
+    monkeypatch.setattr(_prompts, "MOST_PROMPTS", 2)
+    policy, asked = load(), []
+    encoder = policy.text.encode
+    remembering = replace(policy.text, encode=lambda prompts: asked.append(prompts) or encoder(prompts))
+    for prompts in (["a cat", "a dog", "a cat"], ["a dog", "a fox"], ["a fox", "a cat"]):
+        states = remembering(prompts)["text"]
+        assert torch.equal(states, torch.cat([encoder([prompt])["text"] for prompt in prompts]))
+        torch.testing.assert_close(states, encoder(prompts)["text"])
+    assert asked == [["a cat"], ["a dog"], ["a fox"], ["a fox"]]
 
 
 def test_checkpointing_changes_no_gradient(batch):
@@ -149,8 +163,14 @@ def test_a_model_trained_in_bf16_exports_a_pipeline_that_draws(batch, tmp_path):
 
 def test_images_that_cannot_be_halved_often_enough_are_refused(policy):
     assert policy.latent_shape(64, 96) == (4, 16, 24)
-    with pytest.raises(InputError, match="multiples of 16"):
+    with pytest.raises(InputError, match=r"data\.size: images of 64x72 pixels .* multiples of 16\."):
         policy.latent_shape(64, 72)
+
+
+def test_sizes_that_do_not_fit_are_known_before_loading():
+    assert SD(path=MODEL).size_problem(64, 96) is None
+    assert "images of 64x72 pixels do not fit this model" in SD(path=MODEL).size_problem(64, 72)
+    assert SD(path="organisation/model").size_problem(64, 72) is None
 
 
 @pytest.mark.parametrize(

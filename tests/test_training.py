@@ -14,46 +14,58 @@ from safetensors.torch import load_file
 from ds_inpaint.images import read_png
 from ds_inpaint.tracking import read_metrics
 
+QUICK = ["data.size=32", "run.iterations=2", "evaluation.samples=2"]
+"""Of every run, unless it says otherwise."""
 SGD = ["optimizer.name=sgd", "optimizer.learning_rate=0.05", "optimizer.weight_decay=0"]
-LORA = ["model.lora.rank=4"]
+LORA = [*SGD, "optimizer.learning_rate=1.0", "model.lora.rank=4"]
+BF16 = ["engine.precision=bf16", "run.iterations=1"]
+STAGES = (3, 2, 1, 0)
 TWO_RANKS = {
-    "sgd_zero3": ("grpo_sd", SGD),
-    "sgd_zero2": ("grpo_sd", [*SGD, "engine.zero_stage=2"]),
-    "sgd_zero1": ("grpo_sd", [*SGD, "engine.zero_stage=1"]),
-    "sgd_zero0": ("grpo_sd", [*SGD, "engine.zero_stage=0"]),
+    **{f"sgd_zero{stage}": ("grpo_sd", [*SGD, f"engine.zero_stage={stage}"]) for stage in STAGES},
     "sgd_no_checkpointing": ("grpo_sd", [*SGD, "engine.activation_checkpointing=false"]),
     "adamw_zero3": ("grpo_sd", []),
-    "adamw_kl": ("grpo_sd", ["algorithm.kl_weight=10.0", "algorithm.updates_per_rollout=2"]),
-    "bf16": ("grpo_sd", ["engine.precision=bf16", "algorithm.clip_range=0.5", "run.iterations=1"]),
-    "sd_lora_zero3": ("grpo_sd", [*SGD, *LORA]),
-    "sd_lora_zero2": ("grpo_sd", [*SGD, *LORA, "engine.zero_stage=2"]),
+    "adamw_kl": ("grpo_sd", ["algorithm.kl_weight=10.0", "algorithm.updates_per_rollout=2", "run.iterations=1"]),
+    "sd_bf16": ("grpo_sd", BF16),
+    **{f"sd_lora_zero{stage}": ("grpo_sd", [*LORA, f"engine.zero_stage={stage}"]) for stage in STAGES},
+    "sd_lora_bf16": ("grpo_sd", [*LORA, *BF16, "engine.zero_stage=1"]),
     "sd_hole": ("grpo_sd", ["algorithm.hole_aware=noise", "algorithm.same_start=true", "run.iterations=1"]),
-    "sd_dpo": ("dpo_sd", SGD),
+    "sd_dpo": ("dpo_sd", [*SGD, "run.iterations=3"]),
     "sd_sft": ("sft_sd", SGD),
     "sd_ema": ("sft_sd", [*SGD, "run.iterations=1", "ema.decay=0.5"]),
     "sd_no_ema": ("sft_sd", [*SGD, "run.iterations=1"]),
-    "flux_zero3": ("grpo_flux", SGD),
-    "flux_zero2": ("grpo_flux", [*SGD, "engine.zero_stage=2"]),
-    "flux_zero1": ("grpo_flux", [*SGD, "engine.zero_stage=1"]),
-    "flux_zero0": ("grpo_flux", [*SGD, "engine.zero_stage=0"]),
+    **{f"flux_zero{stage}": ("grpo_flux", [*SGD, f"engine.zero_stage={stage}"]) for stage in STAGES},
     "flux_no_checkpointing": ("grpo_flux", [*SGD, "engine.activation_checkpointing=false"]),
-    "flux_lora_zero3": ("grpo_flux", [*SGD, *LORA]),
-    "flux_lora_zero2": ("grpo_flux", [*SGD, *LORA, "engine.zero_stage=2"]),
-    "flux_bf16": ("grpo_flux", ["engine.precision=bf16", "algorithm.clip_range=0.5", "run.iterations=1"]),
-    "flux_kl": ("grpo_flux", ["algorithm.kl_weight=1.0", "algorithm.kl_form=prediction", "run.iterations=2"]),
+    **{f"flux_lora_zero{stage}": ("grpo_flux", [*LORA, f"engine.zero_stage={stage}"]) for stage in STAGES},
+    "flux_bf16": ("grpo_flux", BF16),
+    "flux_kl": ("grpo_flux", ["algorithm.kl_weight=1.0", "algorithm.kl_form=prediction"]),
     "flux_hole": ("grpo_flux", ["algorithm.hole_aware=log_prob", "algorithm.combine=each", "run.iterations=1"]),
     "flux_cps": ("grpo_flux", ["sampler={name: cps, steps: 4}", "run.iterations=1"]),
     "flux_dance": ("grpo_flux", ["sampler={name: dance_sde, steps: 4}", "run.iterations=1"]),
-    "flux_dpo": ("dpo_flux", [*SGD, "algorithm.sampled_by=reference"]),
+    "flux_dpo": ("dpo_flux", [*SGD, "algorithm.sampled_by=reference", "run.iterations=3"]),
     "flux_sft": ("sft_flux", [*SGD, "data.size=[64, 96]", "data.batch=4"]),
 }
 """Recipe and overrides of each run."""
+TWINS = (
+    *("sd_lora_zero2", "sd_dpo", "sd_sft"),
+    *("flux_zero3", "flux_lora_zero2", "flux_dpo", "flux_sft"),
+)
 ONE_RANK = {
     "sgd_one_rank": ("grpo_sd", SGD),
-    "sgd_micro_1": ("grpo_sd", [*SGD, "engine.micro_batch=1"]),
+    "sgd_micro_1": ("grpo_sd", [*SGD, "engine.micro_batch=1", "engine.zero_stage=2"]),
     "adamw_one_rank": ("grpo_sd", []),
-    **{f"{name}_one_rank": TWO_RANKS[name] for name in ("sd_dpo", "sd_sft", "flux_zero3", "flux_dpo", "flux_sft")},
+    **{f"{name}_one_rank": TWO_RANKS[name] for name in TWINS},
 }
+RESUMABLE = [
+    *("model.lora.rank=4", "optimizer.learning_rate=0.01", "ema.decay=0.5", "engine.zero_stage=2"),
+    *("run.iterations=4", "evaluation.every=3"),
+]
+OTHERS = {
+    "dpo_whole": ("dpo_sd", RESUMABLE),
+    "dpo_resumed.first": ("dpo_sd", [*RESUMABLE, "run.iterations=3", "checkpoint.every=50"]),
+    "dpo_resumed": ("dpo_sd", [*RESUMABLE, "checkpoint.every=50"]),
+    "standing_still": ("sft_sd", [*SGD, "optimizer.learning_rate=1.0e-30", "run.iterations=1"]),
+}
+"""More runs on two ranks; what follows a dot tells apart those of one folder."""
 GRPO = [name for name, (recipe, _) in (TWO_RANKS | ONE_RANK).items() if recipe.startswith("grpo")]
 
 
@@ -61,12 +73,19 @@ GRPO = [name for name, (recipe, _) in (TWO_RANKS | ONE_RANK).items() if recipe.s
 def runs(tmp_path_factory, recipes, run_ranks):
     """The folder that holds all runs."""
     out = tmp_path_factory.mktemp("runs")
-    for ranks, jobs in ((2, TWO_RANKS), (1, ONE_RANK)):
+    for ranks, jobs in ((2, TWO_RANKS | OTHERS), (1, ONE_RANK)):
         words = ["tests/training_worker.py", str(out)]
         for name, (recipe, overrides) in jobs.items():
-            words += [str(recipes[recipe]), f"run.name={name}", f"run.dir={out / name}", *overrides, "--"]
+            folder = out / name.partition(".")[0]
+            words += [str(recipes[recipe]), f"run.name={name}", f"run.dir={folder}", *QUICK, *overrides, "--"]
         run_ranks(ranks, words[:-1])
     return out
+
+
+@pytest.fixture(scope="module")
+def starts(small_model, small_flux):
+    """The denoisers that runs start from, by the name of their folder."""
+    return {"unet": small_model / "unet", "transformer": small_flux / "transformer"}
 
 
 def first_rollout(runs: Path, name: str, key: str) -> torch.Tensor:
@@ -78,15 +97,23 @@ def first_rollout(runs: Path, name: str, key: str) -> torch.Tensor:
     return torch.cat([part[key] for part in parts])[order]
 
 
-def weights(run: Path) -> torch.Tensor:
-    [denoiser] = [run / "export" / part for part in ("unet", "transformer") if (run / "export" / part).exists()]
+def weights(denoiser: Path, precision: torch.dtype = torch.float32) -> torch.Tensor:
+    """All weights of a saved denoiser in a row, rounded to ``precision``."""
     file = load_file(denoiser / "diffusion_pytorch_model.safetensors")
-    return torch.cat([file[name].flatten().double() for name in sorted(file)])
+    return torch.cat([file[name].to(precision).double().flatten() for name in sorted(file)])
 
 
-def relative_difference(runs: Path, one: str, other: str) -> float:
-    a, b = weights(runs / one), weights(runs / other)
-    return float((a - b).norm() / a.norm())
+def trained(run: Path) -> Path:
+    """The exported denoiser of a run."""
+    [denoiser] = [run / "export" / part for part in ("unet", "transformer") if (run / "export" / part).exists()]
+    return denoiser
+
+
+def difference(runs: Path, one: str, other: str, starts: dict[str, Path]) -> float:
+    """Distance between the weights of two runs, as a share of the way that the first has come."""
+    denoiser = trained(runs / one)
+    a, b, start = weights(denoiser), weights(trained(runs / other)), weights(starts[denoiser.name])
+    return float((a - b).norm() / (a - start).norm())
 
 
 @pytest.mark.parametrize(("two", "one"), [("sgd_zero3", "sgd_one_rank"), ("flux_zero3", "flux_zero3_one_rank")])
@@ -95,36 +122,35 @@ def test_the_first_rollout_is_the_same_on_one_and_two_ranks_bit_for_bit(runs, tw
         assert torch.equal(first_rollout(runs, two, key), first_rollout(runs, one, key)), key
 
 
-def test_the_micro_batch_is_only_a_memory_knob(runs):
+def test_the_micro_batch_is_only_a_memory_knob(runs, starts):
     latents = [first_rollout(runs, name, "latents") for name in ("sgd_one_rank", "sgd_micro_1")]
     torch.testing.assert_close(*latents, rtol=1e-4, atol=1e-4)
-    assert relative_difference(runs, "sgd_one_rank", "sgd_micro_1") < 1e-6
+    assert difference(runs, "sgd_one_rank", "sgd_micro_1", starts) < 1e-3
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        *(("sgd_zero3", f"sgd_{other}") for other in ("one_rank", "zero2", "zero1", "zero0", "no_checkpointing")),
-        *(("flux_zero3", f"flux_{other}") for other in ("zero2", "zero1", "zero0", "no_checkpointing")),
-        *((name, f"{name}_one_rank") for name in ("flux_zero3", "sd_dpo", "sd_sft", "flux_dpo", "flux_sft")),
-        ("sd_lora_zero3", "sd_lora_zero2"),
-        ("flux_lora_zero3", "flux_lora_zero2"),
+        *((f"{name}_zero3", f"{name}_zero{stage}") for name in ("sgd", "flux") for stage in STAGES[1:]),
+        *((f"{name}_lora_zero3", f"{name}_lora_zero{stage}") for name in ("sd", "flux") for stage in STAGES[1:]),
+        *((f"{name}_zero3", f"{name}_no_checkpointing") for name in ("sgd", "flux")),
+        ("sgd_zero3", "sgd_one_rank"),
+        *((name, f"{name}_one_rank") for name in TWINS),
     ],
 )
-def test_ranks_stages_and_checkpointing_change_no_weight_under_sgd(runs, one, other):
-    assert relative_difference(runs, one, other) < 1e-6
+def test_ranks_stages_and_checkpointing_change_no_weight_under_sgd(runs, one, other, starts):
+    assert difference(runs, one, other, starts) < 1e-3
 
 
-def test_ranks_change_no_weight_under_adamw(runs):
-    assert relative_difference(runs, "adamw_zero3", "adamw_one_rank") < 1e-4
+def test_ranks_change_no_weight_under_adamw(runs, starts):
+    assert difference(runs, "adamw_zero3", "adamw_one_rank", starts) < 0.01
 
 
 @pytest.mark.parametrize("name", TWO_RANKS)
-def test_training_moved_the_weights(runs, name, small_model, small_flux):
-    model, part = (small_flux, "transformer") if "flux" in TWO_RANKS[name][0] else (small_model, "unet")
-    start = load_file(model / part / "diffusion_pytorch_model.safetensors")
-    begin = torch.cat([start[name].flatten().double() for name in sorted(start)])
-    assert (weights(runs / name) - begin).norm() / begin.norm() > 1e-6
+def test_training_moved_the_weights(runs, name, starts):
+    denoiser, precision = trained(runs / name), torch.bfloat16 if "bf16" in name else torch.float32
+    start = weights(starts[denoiser.name], precision)
+    assert (weights(denoiser) - start).norm() / start.norm() > 1e-6
 
 
 @pytest.mark.parametrize("name", GRPO)
@@ -140,15 +166,13 @@ def test_dpo_starts_at_log_2_and_returns_to_it_with_the_reference(runs, name):
     assert first["loss"] == log_2
     assert second["loss"] != log_2
     assert third["loss"] == log_2  # two updates later the reference is the policy again
-    assert first["preference/max_margin"] == third["preference/max_margin"] == 0
+    assert first["preference/max_deviation"] == third["preference/max_deviation"] == 0
 
 
-def test_the_moving_average_is_what_is_exported_and_evaluated(runs, small_model):
+def test_the_moving_average_is_what_is_exported_and_evaluated(runs, starts):
     """After one update the average of decay 0.5 lies half way from the start to the weights."""
-    start = load_file(small_model / "unet" / "diffusion_pytorch_model.safetensors")
-    begin = torch.cat([start[name].flatten().double() for name in sorted(start)])
-    average, trained = weights(runs / "sd_ema"), weights(runs / "sd_no_ema")
-    torch.testing.assert_close(average, (begin + trained) / 2, rtol=1e-6, atol=1e-9)
+    average, end = (weights(trained(runs / name)) for name in ("sd_ema", "sd_no_ema"))
+    torch.testing.assert_close(average, (weights(starts["unet"]) + end) / 2, rtol=1e-6, atol=1e-9)
     losses = [read_metrics(runs / name / "metrics.jsonl")[1]["heldout/loss"] for name in ("sd_ema", "sd_no_ema")]
     assert losses[0] != losses[1]
 
@@ -160,7 +184,7 @@ def test_a_lora_run_exports_the_merged_model_and_the_adapter(runs):
 
 def test_metrics_hold_one_row_per_iteration(runs):
     rows = read_metrics(runs / "adamw_zero3" / "metrics.jsonl")
-    assert [row["iteration"] for row in rows] == [0, 1, 2, 3]
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
     for row in rows[1:]:
         for name in (
             *("loss", "reward/mean", "reward/std", "reward/group_std", "reward/seam", "reward/ring_texture"),
@@ -170,34 +194,52 @@ def test_metrics_hold_one_row_per_iteration(runs):
             assert math.isfinite(row[name]), name
         mean = row["reward/seam"] + 0.1 * row["reward/ring_texture"]
         assert row["reward/mean"] == pytest.approx(mean, abs=1e-6)
-    assert [row["iteration"] for row in rows if "heldout/reward" in row] == [0, 3]
+    assert [row["iteration"] for row in rows if "heldout/reward" in row] == [0, 2]
 
 
 def test_the_kl_penalty_starts_at_zero_and_is_reported(runs):
-    rows = read_metrics(runs / "adamw_kl" / "metrics.jsonl")[1:]
-    assert rows[0]["ratio/max_deviation"] > 0  # of the second update of the iteration
-    assert rows[-1]["kl"] > rows[0]["kl"] >= 0
-    assert read_metrics(runs / "flux_kl" / "metrics.jsonl")[2]["kl"] > 0
+    first, second = read_metrics(runs / "flux_kl" / "metrics.jsonl")[1:]
+    assert first["kl"] == 0
+    assert second["kl"] > 0
+    row = read_metrics(runs / "adamw_kl" / "metrics.jsonl")[1]
+    assert row["kl"] > 0  # at the second update of the iteration
+    assert row["ratio/max_deviation"] > 0
     assert "kl" not in read_metrics(runs / "adamw_zero3" / "metrics.jsonl")[1]
 
 
-def test_bf16_trains_and_reports_its_ratio(runs):
-    for name in ("bf16", "flux_bf16"):
-        assert read_metrics(runs / name / "metrics.jsonl")[1]["grad_norm"] > 0
+@pytest.mark.parametrize(
+    ("bf16", "fp32"), [("sd_bf16", "adamw_zero3"), ("sd_lora_bf16", "sd_lora_zero1"), ("flux_bf16", "flux_zero3")]
+)
+def test_the_first_gradient_of_bf16_is_about_that_of_fp32(runs, bf16, fp32):
+    found, wanted = (read_metrics(runs / name / "metrics.jsonl")[1] for name in (bf16, fp32))
+    assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.05)
 
 
 def test_the_run_folder_holds_what_it_promises(runs):
     folder = runs / "adamw_zero3"
     assert (folder / "recipe.yaml").read_text().startswith("run:\n  name: adamw_zero3\n")
     assert read_png(folder / "before_after.png").shape == (3, 2 * 128 + 16, 4 * 128)
-    assert read_png(folder / "samples" / "000003.png").shape == (3, 2 * 128 + 16, 3 * 128)
-    assert len(json.loads((folder / "samples" / "000003.json").read_text())) == 3
+    assert read_png(folder / "samples" / "000002.png").shape == (3, 2 * 128 + 16, 3 * 128)
+    assert len(json.loads((folder / "samples" / "000002.json").read_text())) == 2
     assert (folder / "reward_curve.png").stat().st_size > 10_000
     pipeline = StableDiffusionInpaintPipeline.from_pretrained(folder / "export")
     assert pipeline.unet.config.in_channels == 9
 
 
 def test_held_out_noise_is_the_same_at_every_evaluation(runs):
-    """With frozen weights two evaluations would agree; here the untrained ones of two runs do."""
-    scores = [(runs / name / "samples" / "000000.json").read_text() for name in ("sgd_zero3", "sgd_one_rank")]
-    assert scores[0] == scores[1]
+    """The weights of the run stand still, so only the noise could change a score."""
+    before, after = ((runs / "standing_still" / "samples" / f"00000{i}.json").read_text() for i in range(2))
+    assert before == after
+
+
+def test_a_dpo_run_stopped_between_refreshes_goes_on_as_if_nothing_had_happened(runs):
+    """Its reference, its average and its adapters are those of the uninterrupted run."""
+    whole, resumed = (read_metrics(runs / name / "metrics.jsonl") for name in ("dpo_whole", "dpo_resumed"))
+    clocks = ("seconds/", "samples_per_second")
+    for row in (*whole, *resumed):
+        for name in [name for name in row if name.startswith(clocks)]:
+            del row[name]
+    assert resumed == whole
+    assert [row["iteration"] for row in whole if "heldout/reward" in row] == [0, 3, 4]
+    assert whole[4]["preference/max_deviation"] > 0  # the reference is neither the start nor the policy
+    assert torch.equal(*(weights(trained(runs / name)) for name in ("dpo_whole", "dpo_resumed")))

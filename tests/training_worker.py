@@ -7,30 +7,34 @@ Keeps what the first rollout of each run produced, as ``OUT/RUN.rankR.safetensor
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
 
-from ds_inpaint.recipe import Recipe, load_recipe
+from ds_inpaint.recipe import load_recipe
 from ds_inpaint.rollout import Rollout, Rollouts
 from ds_inpaint.run_folder import open_run_folder
 from ds_inpaint.trainer import train
 from ds_inpaint.zero_config import setup
 
 
-def keep_first_rollout(recipe: Recipe, out: Path) -> None:
-    """Wrap ``Rollout.run`` until it has been called for training once."""
+@contextmanager
+def first_rollout_kept(file: Path) -> Iterator[None]:
+    """Within this context the first rollout that is trained on is written to ``file``."""
     plain = Rollout.run
 
     def spy(self: Rollout, *args: Any, **named: Any) -> Rollouts:
         rollouts = plain(self, *args, **named)
-        if named["purpose"] == "rollout":
-            Rollout.run = plain
+        if named["purpose"] == "rollout" and not file.exists():
             kept = {
                 "samples": torch.tensor([sample for chunk in rollouts.chunks for sample in chunk.samples]),
                 "latents": torch.cat([chunk.next_nKCHW for chunk in rollouts.chunks]),
@@ -38,10 +42,11 @@ def keep_first_rollout(recipe: Recipe, out: Path) -> None:
                 "pictures": torch.cat([chunk.raw_nCHW for chunk in rollouts.chunks]),
                 "rewards": rollouts.scores.values["seam"],
             }
-            save_file(kept, out / f"{recipe.run.name}.rank{self.ranks.rank}.safetensors")
+            save_file(kept, file)
         return rollouts
 
-    Rollout.run = spy
+    with patch.object(Rollout, "run", spy):
+        yield
 
 
 def main(out: Path, jobs: list[list[str]]) -> None:
@@ -49,11 +54,12 @@ def main(out: Path, jobs: list[list[str]]) -> None:
     for recipe_path, *overrides in jobs:
         recipe = load_recipe(Path(recipe_path), overrides, int(os.environ.get("WORLD_SIZE", 1)))
         ranks = ranks or setup(recipe.engine)
+        gc.freeze()  # DeepSpeed collects garbage for every engine, which is slow with so many lasting objects
         if ranks.is_main:
             open_run_folder(recipe)
         ranks.barrier()
-        keep_first_rollout(recipe, out)
-        train(recipe, ranks)
+        with first_rollout_kept(out / f"{recipe.run.name}.rank{ranks.rank}.safetensors"):
+            train(recipe, ranks)
     ranks.leave()
 
 

@@ -19,11 +19,11 @@ from ds_inpaint.noise import sample_noise
 from ds_inpaint.preference import Preferences, best_and_worst, preference_loss_N, preference_margin_N
 from ds_inpaint.regions import latent_holes
 from ds_inpaint.rewards import RewardClient
-from ds_inpaint.rollout import Prepared, Rollout, Rollouts
+from ds_inpaint.rollout import Prepared, Rollout
 from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
 
-DOCTOR_MARGIN = 1e-3
-"""While the policy is the reference every margin is 0; above this the two do not compute the same."""
+DOCTOR_DEVIATION = 1e-5
+"""While the policy is the reference both have the same errors; above this share they do not compute the same."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,25 @@ class Pairs:
     task: DenoisingTask
     shares_n: Tensor
     """Weight of each pair in the global mean; 0 where the group holds no preference."""
+    reference_errors_2n: Tensor
+    """How well the reference denoises them."""
 
 
 @dataclass(frozen=True)
-class JudgedPairs:
-    """Pairs and how well the reference denoises them."""
+class Judged:
+    """This rank's samples of an iteration after scoring, and all groups' preferences."""
 
-    pairs: Pairs
-    reference_errors_2n: Tensor
+    prepared: Prepared
+    pasted: dict[int, Tensor]
+    """Sample number to its image, uint8 [C, H, W]."""
+    preferences: Preferences
+    shares_B: Tensor
+    iteration: int
 
 
 @dataclass(frozen=True)
 class DPO:
-    """Recipe section ``algorithm: {name: dpo}``."""
+    """Recipe section ``algorithm: {name: dpo}``. A pair is two samples of a micro-batch, so its smallest size is 2."""
 
     group_size: int = key(
         4, "Samples G per triple, of which the best and the worst make a pair; more make it clearer.", at_least=2
@@ -76,7 +82,9 @@ class DPO:
         1e-6, "Groups whose rewards have a smaller std hold no preference and weigh nothing.", at_least=0
     )
     reference_every: int = key(
-        40, "Updates after which the reference becomes the policy of that moment; 0 keeps the start.", at_least=0
+        40,
+        "Updates after which the reference becomes the policy, at the end of their iteration; 0 keeps the start.",
+        at_least=0,
     )
     updates_per_rollout: int = key(1, "Optimizer steps per rollout, each on its own triples.", at_least=1)
 
@@ -100,38 +108,34 @@ class DPO:
 
     def collect(
         self, triples: Sequence[Triple], iteration: int, rollout: Rollout, rewards: RewardClient
-    ) -> Experiences[JudgedPairs]:
+    ) -> Experiences[Pairs]:
         """Sample and score every group, pair its best with its worst, and let the reference denoise both."""
-        groups = rollout.share(len(triples), self.updates_per_rollout)
-        samples = [[group * self.group_size + i for group in part for i in range(self.group_size)] for part in groups]
+        parts = rollout.share(len(triples), self.updates_per_rollout)
+        samples = [[group * self.group_size + i for group in part for i in range(self.group_size)] for part in parts]
         prepared = rollout.prepare(triples, self.group_size, samples)
-        reference = rollout.policy.denoiser.weights("reference")
-        with reference if self.sampled_by == "reference" else nullcontext():
+        reference = rollout.policy.denoiser.weights
+        with reference("reference") if self.sampled_by == "reference" else nullcontext():
             rollouts = rollout.run(prepared, rewards, purpose="rollout", iteration=iteration)
         rewards_N, valid_N = rollouts.scores.combined_N(rewards.weights), rollouts.scores.valid_N
         preferences = best_and_worst(rewards_N, valid_N, self.group_size, self.least_spread)
-        updates = [
-            self._pairs(
-                part,
-                preferences,
-                preferences.weights_B[update :: len(groups)].sum(),
-                prepared,
-                rollouts,
-                rollout,
-                iteration,
-            )
-            for update, part in enumerate(groups)
-        ]
+        pasted = {
+            sample: image
+            for chunk in rollouts.chunks
+            for sample, image in zip(chunk.samples, chunk.pasted_nCHW, strict=True)
+        }
+        judged = Judged(prepared, pasted, preferences, self._shares(preferences.weights_B), iteration)
+        with reference("reference"):
+            updates = [self._pairs(part, judged, rollout) for part in parts]
         metrics = group_metrics(rewards_N, valid_N, rollouts.areas_N, self.group_size)
         metrics["preference/pairs"] = float(preferences.weights_B.mean())
-        return Experiences(_judged(updates, rollout.policy), {**metrics, **rollouts.scores.means(), **rollouts.seconds})
+        return Experiences(updates, {**metrics, **rollouts.scores.means(), **rollouts.seconds})
 
-    def loss(self, policy: Policy, experience: JudgedPairs) -> Loss:
+    def loss(self, policy: Policy, experience: Pairs) -> Loss:
         """-log sigmoid of how much better than the reference the policy denoises winners, against losers."""
-        pairs = experience.pairs
+        pairs = experience
         errors_2n = pairs.task.errors_N(policy)
         best_n, worst_n = errors_2n.chunk(2)
-        reference_best_n, reference_worst_n = experience.reference_errors_2n.chunk(2)
+        reference_best_n, reference_worst_n = pairs.reference_errors_2n.chunk(2)
         margin_n = preference_margin_N(best_n, worst_n, reference_best_n, reference_worst_n, self.beta)
         loss_n = preference_loss_N(margin_n)
         shares = {
@@ -144,71 +148,62 @@ class DPO:
         return Loss(
             value=(loss_n * pairs.shares_n).sum(),
             shares={name: (value_n * pairs.shares_n).sum() for name, value_n in shares.items()},
-            maxima={"preference/max_margin": margin_n.detach().abs().max()},
+            maxima={"preference/max_deviation": (errors_2n.detach() / pairs.reference_errors_2n - 1).abs().max()},
         )
 
     def doctor(self, metrics: dict[str, float]) -> None:
-        """Judge the first update's numbers, taken while the policy still is the reference: every margin must be 0.
+        """Judge the first update's numbers, taken while the policy still is the reference: their errors must agree.
 
         Raises:
-            UntrustworthyUpdate: the two passes over the same pairs disagree.
+            UntrustworthyUpdate: the two passes over the same images differ.
         """
-        if not metrics["preference/max_margin"] <= DOCTOR_MARGIN:
+        deviation = metrics["preference/max_deviation"]
+        if not deviation <= DOCTOR_DEVIATION:
             raise UntrustworthyUpdate(
-                f"Before the first update the policy is the reference, but the largest |margin| between them is "
-                f"{metrics['preference/max_margin']:.3g}, above {DOCTOR_MARGIN:g}: the two passes over the same pairs "
-                f"do not repeat each other, and algorithm.beta, now {self.beta:g}, multiplies the difference. Nothing "
-                f"was trained. Try engine.precision: fp32, and see that no dropout or other randomness is left in "
-                f"the model."
+                f"Before the first update the policy is the reference, but their denoising errors of the same images "
+                f"differ by up to {deviation:.3g} of their size, above {DOCTOR_DEVIATION:g}: the two passes do not "
+                f"repeat each other, and algorithm.beta, now {self.beta:g}, multiplies the difference. Nothing was "
+                f"trained. Try engine.precision: fp32, and see that no dropout or other randomness is left in the "
+                f"model."
             )
 
+    def _shares(self, weights_B: Tensor) -> Tensor:
+        """Weight of each group's pair at one noise level, in the mean over the pairs of its update."""
+        counts_U = weights_B.view(-1, self.updates_per_rollout).sum(0)
+        return (weights_B.view(-1, self.updates_per_rollout) / (counts_U.clamp(min=1) * self.times_per_pair)).view(-1)
+
     @torch.no_grad()
-    def _pairs(
-        self,
-        groups: Sequence[int],
-        preferences: Preferences,
-        counted: Tensor,
-        prepared: Prepared,
-        rollouts: Rollouts,
-        rollout: Rollout,
-        iteration: int,
-    ) -> list[Pairs]:
+    def _pairs(self, groups: Sequence[int], judged: Judged, rollout: Rollout) -> list[Pairs]:
         """This rank's pairs of one update; the K noise levels of a pair stand in K micro-batches."""
-        policy, device = rollout.policy, rollout.ranks.device
-        process = policy.process(*rollout.pixels)
-        pasted = {
-            n: image for chunk in rollouts.chunks for n, image in zip(chunk.samples, chunk.pasted_nCHW, strict=True)
-        }
         size = max(1, rollout.micro_batch // 2)
+        batches = [list(groups[start : start + size]) for start in range(0, len(groups), size)]
+        return [pairs for batch in batches for pairs in self._pairs_of_groups(batch, judged, rollout)]
+
+    def _pairs_of_groups(self, groups: list[int], judged: Judged, rollout: Rollout) -> list[Pairs]:
+        policy, device, prepared = rollout.policy, rollout.ranks.device, judged.prepared
+        best_n, worst_n = judged.preferences.best_B[groups].tolist(), judged.preferences.worst_B[groups].tolist()
+        rows_2n = prepared.rows_n([*best_n, *worst_n])
+        # What was judged is what is learned from: pasted images, so that a pair's known pixels are equal.
+        clean_2nCHW = policy.encode_images(torch.stack([judged.pasted[sample] for sample in [*best_n, *worst_n]]))
+        condition = prepared.condition.rows(rows_2n.to(device))
+        region = self._region(prepared.batch.holes_B1HW[rows_2n].to(device), rollout.latent_shape)
+        shares_n = judged.shares_B[groups].to(device)
         made = []
-        for start in range(0, len(groups), size):
-            ids = list(groups[start : start + size])
-            samples = [*preferences.best_B[ids].tolist(), *preferences.worst_B[ids].tolist()]
-            rows_2n = prepared.rows_n(samples)
-            # What was judged is what is learned from: pasted images, so that a pair's known pixels are equal.
-            clean_2nCHW = policy.encode_images(torch.stack([pasted[sample] for sample in samples]))
-            for level in range(self.times_per_pair):
-                draws = [group * self.times_per_pair + level for group in ids]
-                noise = sample_noise(rollout.seed, "pair noise", iteration, draws, rollout.latent_shape)
-                quantiles = time_quantiles(self.times, rollout.seed, "pair times", iteration, draws)
-                task = denoising_task(
-                    process,
-                    clean_2nCHW,
-                    torch.cat([noise, noise]).to(device),
-                    torch.cat([quantiles, quantiles]).to(device),
-                    prepared.condition.rows(rows_2n.to(device)),
-                    self._region(prepared.batch.holes_B1HW[rows_2n].to(device), rollout.latent_shape),
-                )
-                shares_n = preferences.weights_B[ids] / (counted.clamp(min=1) * self.times_per_pair)
-                made.append(Pairs(task, shares_n.to(device)))
+        for level in range(self.times_per_pair):
+            draws = [group * self.times_per_pair + level for group in groups]
+            noise_n = sample_noise(rollout.seed, "pair noise", judged.iteration, draws, rollout.latent_shape)
+            quantiles_n = time_quantiles(self.times, rollout.seed, "pair times", judged.iteration, draws)
+            task = denoising_task(
+                policy.process(*rollout.pixels),
+                clean_2nCHW,
+                torch.cat([noise_n, noise_n]).to(device),
+                torch.cat([quantiles_n, quantiles_n]).to(device),
+                condition,
+                region,
+            )
+            made.append(Pairs(task, shares_n, task.errors_N(policy)))
         return made
 
     def _region(self, holes_2n1HW: Tensor, latent_shape: tuple[int, ...]) -> Tensor | None:
         _, height, width = latent_shape
         return latent_holes(holes_2n1HW, height, width, self.hole_dilation) if self.hole_only else None
-
-
-def _judged(updates: Sequence[Sequence[Pairs]], policy: Policy) -> list[list[JudgedPairs]]:
-    """Add the reference's errors, in one phase, so that weights are swapped once."""
-    with policy.denoiser.weights("reference"):
-        return [[JudgedPairs(pairs, pairs.task.errors_N(policy)) for pairs in update] for update in updates]

@@ -68,10 +68,10 @@ class GRPO:
         below=1,
     )
     hole_aware: str = key(
-        "off",
-        "`log_prob`: ratio and KL are means over the hole's latents only; `noise`: sampler noise is drawn only there, "
-        "too, in rollouts.",
-        choices=("off", "log_prob", "noise"),
+        "none",
+        "`log_prob`: ratio and KL are means over the hole's latents only, and small holes weigh more; `noise`: sampler "
+        "noise is drawn only there, too, in rollouts.",
+        choices=("none", "log_prob", "noise"),
     )
     hole_dilation: int = key(
         0, "Latents around a hole that count to it; the VAE lets them show inside it.", at_least=0, at_most=8
@@ -106,6 +106,14 @@ class GRPO:
     updates_per_rollout: int = key(
         1, "Optimizer steps per rollout; from the second on, the samples are slightly off-policy.", at_least=1
     )
+
+    def __post_init__(self) -> None:
+        if self.combine == "each" and self.advantage_spread == "none":
+            raise Impossible(
+                "combine",
+                "`each` normalises every scorer by its spread, which advantage_spread: none leaves out; choose `sum`, "
+                "or the spread of the group or the batch.",
+            )
 
     @property
     def uses_reference(self) -> bool:
@@ -220,7 +228,7 @@ class GRPO:
         return sorted(allowed[index] for index in draw[: self.trained_steps].tolist())
 
     def _focus(self, holes_n1HW: Tensor, latent_shape: tuple[int, ...]) -> Focus:
-        if self.hole_aware == "off":
+        if self.hole_aware == "none":
             return EVERYWHERE
         _, height, width = latent_shape
         region_n1HW = latent_holes(holes_n1HW, height, width, self.hole_dilation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ds_inpaint.adapters import LoRA, adapter_alone, merged
+from ds_inpaint.adapters import LoRA, adapter_alone, attach, layers_to_adapt, merged
 from ds_inpaint.models._folder import copy_parts
 from ds_inpaint.values import Placement
 
@@ -18,15 +18,40 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """The name that ``load_lora_weights`` of stock pipelines looks for in a folder."""
 
 
-def create(network: Any, folder: Path, placement: Placement) -> Any:
-    """A diffusers model with the weights of ``folder``, placed by the engine, calling its blocks positionally."""
+def create_denoiser(
+    network: Any,
+    folder: Path,
+    placement: Placement,
+    lora: LoRA | None,
+    default_targets: Sequence[str],
+    entrances: Sequence[str],
+) -> Any:
+    """A diffusers model with the weights of ``folder``, placed by the engine, calling its blocks positionally.
+
+    Args:
+        network: its diffusers class.
+        folder: its part of a model folder.
+        placement: where and how.
+        lora: section of the adapters that are attached, if any.
+        default_targets: ends of the names of the layers that are adapted if ``lora`` names none.
+        entrances: the layers that feed the first block.
+
+    Raises:
+        InputError: a target of ``lora`` does not exist, which is found before any weights are read; or they cannot be.
+    """
     config = network.load_config(folder)
+    if lora is not None:
+        # Looked up here for its error; what it finds is found again in the real model.
+        with torch.device("meta"):
+            layers_to_adapt(network.from_config(config), lora, default_targets)
     denoiser: Any = placement.create(lambda: network.from_config(config), folder)
     if placement.activation_checkpointing:
         denoiser.enable_gradient_checkpointing()
     else:
         # ZeRO-3 leaf blocks need positional calls, which diffusers makes only on this path.
         denoiser.enable_gradient_checkpointing(_call)
+    if lora is not None:
+        attach(denoiser, lora, default_targets, entrances)
     return denoiser
 
 

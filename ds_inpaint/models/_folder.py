@@ -19,7 +19,7 @@ from torch import Tensor
 from ds_inpaint.errors import InputError
 from ds_inpaint.values import Placement
 
-INDEX = "model_index.json"
+MODEL_INDEX = "model_index.json"
 PATH_DOC = "diffusers folder, or the name of a model on the Hugging Face hub."
 REVISION_DOC = "Commit or tag of a hub model; pin it for a run that must be repeatable."
 LORA_DOC = "Train low-rank adapters beside the frozen model; left out, train the whole denoiser."
@@ -32,7 +32,7 @@ NOT_DOWNLOADED = ("*.fp16*", "*.non_ema*")
 
 
 @dataclass(frozen=True)
-class Layout:
+class FolderLayout:
     """What the folder of a model family holds."""
 
     family: str
@@ -47,7 +47,7 @@ class Layout:
         return self.networks + self.others
 
 
-def path_problem(path: str, revision: str | None, layout: Layout) -> str | None:
+def path_problem(path: str, revision: str | None, layout: FolderLayout) -> str | None:
     """Why ``path`` can be neither a folder of the family nor a hub name; None when it can."""
     folder = Path(path)
     if not folder.is_dir():
@@ -62,7 +62,7 @@ def path_problem(path: str, revision: str | None, layout: Layout) -> str | None:
     return _incomplete(folder, layout)
 
 
-def find(path: str, revision: str | None, layout: Layout) -> Path:
+def find(path: str, revision: str | None, layout: FolderLayout) -> Path:
     """The folder at ``path``, or that of the hub model of this name, downloaded unless it is in the hub's cache.
 
     Raises:
@@ -71,7 +71,7 @@ def find(path: str, revision: str | None, layout: Layout) -> Path:
     if Path(path).is_dir():
         folder = Path(path)
     else:
-        files = [INDEX, *(f"{part}/{pattern}" for part in layout.parts for pattern in DOWNLOADED)]
+        files = [MODEL_INDEX, *(f"{part}/{pattern}" for part in layout.parts for pattern in DOWNLOADED)]
         try:
             folder = Path(
                 snapshot_download(path, revision=revision, allow_patterns=files, ignore_patterns=list(NOT_DOWNLOADED))
@@ -133,7 +133,7 @@ def copy_parts(source: Path, target: Path, besides: str) -> None:
     is taken off the index.
     """
     target.mkdir(parents=True, exist_ok=True)
-    index = json.loads((source / INDEX).read_text())
+    index = json.loads((source / MODEL_INDEX).read_text())
     for part, library_and_class in index.items():
         if not isinstance(library_and_class, list) or part == besides:
             continue
@@ -141,7 +141,7 @@ def copy_parts(source: Path, target: Path, besides: str) -> None:
             shutil.copytree(source / part, target / part, dirs_exist_ok=True)
         else:
             index[part] = [None, None]
-    (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (target / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 @contextmanager
@@ -152,12 +152,12 @@ def _readable(folder: Path) -> Iterator[None]:
         raise InputError(f"model.path: {folder} could not be loaded: {error}") from error
 
 
-def _incomplete(folder: Path, layout: Layout) -> str | None:
-    missing = [name for name in (INDEX, *layout.parts) if not (folder / name).exists()]
+def _incomplete(folder: Path, layout: FolderLayout) -> str | None:
+    missing = [name for name in (MODEL_INDEX, *layout.parts) if not (folder / name).exists()]
     if missing:
         return (
             f"{folder} is no {layout.family} folder: it lacks {', '.join(missing)}; it must hold "
-            f"{', '.join((INDEX, *layout.parts))} as diffusers saves them."
+            f"{', '.join((MODEL_INDEX, *layout.parts))} as diffusers saves them."
         )
     weightless = [part for part in layout.networks if not _has_weights(folder / part)]
     if weightless:

@@ -14,20 +14,21 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from ds_inpaint.adapters import LoRA, attach
+from ds_inpaint.adapters import LoRA
 from ds_inpaint.errors import InputError
 from ds_inpaint.keys import REQUIRED, key
-from ds_inpaint.models._denoiser import create, export
+from ds_inpaint.models._codec import LatentCodec, misfit, shrink
+from ds_inpaint.models._denoiser import create_denoiser, export
 from ds_inpaint.models._folder import (
     LORA_DOC,
     PATH_DOC,
     REVISION_DOC,
-    Layout,
+    FolderLayout,
     find,
     load_text,
     load_vae,
@@ -35,11 +36,11 @@ from ds_inpaint.models._folder import (
     read_config,
     token_ids,
 )
-from ds_inpaint.pixels import blank_holes, to_model_range
+from ds_inpaint.models._prompts import PromptCache
 from ds_inpaint.processes import RectifiedFlow
 from ds_inpaint.values import Batch, Condition, Denoiser, Placement
 
-LAYOUT = Layout(
+LAYOUT = FolderLayout(
     "FLUX.1 Fill",
     ("transformer", "vae", "text_encoder", "text_encoder_2"),
     ("tokenizer", "tokenizer_2", "scheduler"),
@@ -87,6 +88,14 @@ class Flux:
         folder = Path(self.path)
         return problem or (self._unfit(folder) if folder.is_dir() else None)
 
+    def size_problem(self, height: int, width: int) -> str | None:
+        """Why the model cannot take images of that size, for a ``path`` with no ``problem``; None when it can.
+
+        Of a hub model this is known only once it is loaded.
+        """
+        folder = Path(self.path)
+        return misfit(height, width, _multiple(folder)) if folder.is_dir() else None
+
     def load(self, placement: Placement) -> FluxPolicy:
         """Load the model; its text encoders follow when the first prompt is encoded.
 
@@ -96,14 +105,20 @@ class Flux:
         folder = find(self.path, self.revision, LAYOUT)
         if problem := self._unfit(folder):
             raise InputError(f"model.path: {problem}")
-        transformer = create(FluxTransformer2DModel, folder / "transformer", placement)
-        if self.lora is not None:
-            attach(transformer, self.lora, LORA_TARGETS, entrances=("x_embedder", "context_embedder"))
+        transformer = create_denoiser(
+            FluxTransformer2DModel,
+            folder / "transformer",
+            placement,
+            self.lora,
+            LORA_TARGETS,
+            entrances=("x_embedder", "context_embedder"),
+        )
+        vae = load_vae(folder, placement)
         return FluxPolicy(
             denoiser=transformer,
             folder=folder,
-            vae=load_vae(folder, placement),
-            text=FluxText(folder, placement, self.text_tokens),
+            codec=LatentCodec(vae, vae.config.shift_factor, _multiple(folder)),
+            text=PromptCache(FluxText(folder, placement, self.text_tokens), placement.device),
             scheduler=read_config(folder / "scheduler"),
             guidance=self.guidance,
             shift=None if self.shift == "dynamic" else self.shift,
@@ -113,7 +128,7 @@ class Flux:
     def _unfit(self, folder: Path) -> str | None:
         transformer, vae = read_config(folder / "transformer"), read_config(folder / "vae")
         latents = vae["latent_channels"]
-        pixels = 4 ** (len(vae["block_out_channels"]) - 1)
+        pixels = shrink(vae) ** 2
         wanted = PATCH**2 * (2 * latents + pixels)
         if transformer["in_channels"] != wanted:
             return (
@@ -131,6 +146,11 @@ class Flux:
                 f"number instead, such as {scheduler.get('shift', 1.0)}."
             )
         return None
+
+
+def _multiple(folder: Path) -> int:
+    """Pixels that both sides of an image must be a multiple of: its latents are divided into patches."""
+    return PATCH * shrink(read_config(folder / "vae"))
 
 
 @dataclass(frozen=True)
@@ -193,8 +213,8 @@ class FluxPolicy:
 
     denoiser: Denoiser
     folder: Path
-    vae: AutoencoderKL
-    text: FluxText
+    codec: LatentCodec
+    text: PromptCache
     scheduler: Mapping[str, Any]
     """Settings of the published scheduler."""
     guidance: float
@@ -209,46 +229,27 @@ class FluxPolicy:
         _, rows, columns = self.latent_shape(height, width)
         return RectifiedFlow(dynamic_shift(rows * columns // PATCH**2, self.scheduler))
 
-    @property
-    def _shrink(self) -> int:
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(16, height / 8, width / 8) for the published model.
 
         Raises:
             InputError: the latents of such an image do not divide into patches.
         """
-        multiple = PATCH * self._shrink
-        if height % multiple or width % multiple:
-            raise InputError(
-                f"data.size: images of {height}x{width} pixels do not fit this model; both sides must be "
-                f"multiples of {multiple}."
-            )
-        return self.vae.config.latent_channels, height // self._shrink, width // self._shrink
+        return self.codec.latent_shape(height, width)
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Condition:
-        """Text states, and for each patch the latents of the image with its hole blanked and the hole's pixels.
-
-        The posterior's mode is taken: a sample would give each member of a group another condition.
-        """
-        device = self.vae.device
-        holes_B1HW = batch.holes_B1HW.to(device)
-        masked_BCHW = blank_holes(to_model_range(batch.images_BCHW.to(device)), holes_B1HW)
+        """Text states, and for each patch the latents of the image with its hole blanked and the hole's pixels."""
+        masked_latents_BChw = self.codec.encode_known(batch)
+        holes_B1HW = batch.holes_B1HW.to(masked_latents_BChw.device)
         # The hole keeps its full resolution: the pixels under one latent become its channels.
-        hole_BChw = functional.pixel_unshuffle(holes_B1HW.float(), self._shrink)
-        known_BPC = pack(torch.cat([self._latents(masked_BCHW), hole_BChw], dim=1))
-        return Condition({**self.text(batch.prompts), "known": known_BPC.to(self.vae.dtype)})
+        hole_BChw = functional.pixel_unshuffle(holes_B1HW.float(), self.codec.shrink)
+        known_BPC = pack(torch.cat([masked_latents_BChw, hole_BChw], dim=1))
+        return Condition({**self.text(batch.prompts), "known": known_BPC.to(self.codec.vae.dtype)})
 
-    @torch.no_grad()
     def encode_images(self, images_NCHW: Tensor) -> Tensor:
         """Latents, float32, of whole uint8 images."""
-        return self._latents(to_model_range(images_NCHW.to(self.vae.device)))
-
-    def _latents(self, images_NCHW: Tensor) -> Tensor:
-        mode_NChw = self.vae.encode(images_NCHW.to(self.vae.dtype)).latent_dist.mode()
-        return (mode_NChw.float() - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        return self.codec.encode(images_NCHW)
 
     def predict(self, latents_NCHW: Tensor, times_N: Tensor, condition: Condition, *, guided: bool) -> Tensor:
         """The velocity; the guidance is an input of the transformer, and given whether guided or not."""
@@ -267,11 +268,9 @@ class FluxPolicy:
         )
         return unpack(output[0].float(), height, width)
 
-    @torch.no_grad()
     def decode(self, latents_NCHW: Tensor) -> Tensor:
         """Images in [0, 1], float32."""
-        latents = latents_NCHW / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return (self.vae.decode(latents.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+        return self.codec.decode(latents_NCHW)
 
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Write a folder that stock diffusers loads as FluxFillPipeline."""

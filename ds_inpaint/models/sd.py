@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ds_inpaint.adapters import LoRA, attach
+from ds_inpaint.adapters import LoRA
 from ds_inpaint.errors import InputError
 from ds_inpaint.keys import REQUIRED, key
-from ds_inpaint.models._denoiser import create, export
+from ds_inpaint.models._codec import LatentCodec, misfit, shrink
+from ds_inpaint.models._denoiser import create_denoiser, export
 from ds_inpaint.models._folder import (
     LORA_DOC,
     PATH_DOC,
     REVISION_DOC,
-    Layout,
+    FolderLayout,
     find,
     load_text,
     load_vae,
@@ -30,11 +31,11 @@ from ds_inpaint.models._folder import (
     read_config,
     token_ids,
 )
-from ds_inpaint.pixels import blank_holes, to_model_range
+from ds_inpaint.models._prompts import PromptCache
 from ds_inpaint.processes import DiscreteDiffusion
 from ds_inpaint.values import Batch, Condition, Denoiser, Placement
 
-LAYOUT = Layout("Stable Diffusion inpainting", ("unet", "vae", "text_encoder"), ("tokenizer", "scheduler"))
+LAYOUT = FolderLayout("Stable Diffusion inpainting", ("unet", "vae", "text_encoder"), ("tokenizer", "scheduler"))
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
@@ -63,6 +64,14 @@ class SD:
         folder = Path(self.path)
         return problem or (_unfit(folder) if folder.is_dir() else None)
 
+    def size_problem(self, height: int, width: int) -> str | None:
+        """Why the model cannot take images of that size, for a ``path`` with no ``problem``; None when it can.
+
+        Of a hub model this is known only once it is loaded.
+        """
+        folder = Path(self.path)
+        return misfit(height, width, _multiple(folder)) if folder.is_dir() else None
+
     def load(self, placement: Placement) -> SDPolicy:
         """Load the model; its text encoder follows when the first prompt is encoded.
 
@@ -73,16 +82,16 @@ class SD:
         folder = find(self.path, self.revision, LAYOUT)
         if problem := _unfit(folder):
             raise InputError(f"model.path: {problem}")
-        unet = create(UNet2DConditionModel, folder / "unet", placement)
-        if self.lora is not None:
-            attach(unet, self.lora, LORA_TARGETS, entrances=("conv_in",))
+        unet = create_denoiser(
+            UNet2DConditionModel, folder / "unet", placement, self.lora, LORA_TARGETS, entrances=("conv_in",)
+        )
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
         return SDPolicy(
             denoiser=unet,
             folder=folder,
-            vae=load_vae(folder, placement),
-            unet_shrink=_shrink(read_config(folder / "unet")),
-            text=SDText(folder, placement, self.negative_prompt),
+            codec=LatentCodec(load_vae(folder, placement), 0, _multiple(folder)),
+            text=PromptCache(SDText(folder, placement), placement.device),
+            negative_prompt=self.negative_prompt,
             diffusion=DiscreteDiffusion(
                 scheduler.alphas_cumprod.float(),
                 scheduler.config.steps_offset,
@@ -106,9 +115,9 @@ def _unfit(folder: Path) -> str | None:
     return None
 
 
-def _shrink(config: Mapping[str, Any]) -> int:
-    """How many times smaller the innermost grid of a VAE or UNet is: each block but the last halves it."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
+def _multiple(folder: Path) -> int:
+    """Pixels that both sides of an image must be a multiple of: the UNet halves what the VAE has halved."""
+    return shrink(read_config(folder / "vae")) * shrink(read_config(folder / "unet"))
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,6 @@ class SDText:
 
     folder: Path
     placement: Placement
-    negative_prompt: str
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -125,11 +133,6 @@ class SDText:
         encoder, tokenizer = self._clip
         ids_BL = token_ids(tokenizer, prompts, tokenizer.model_max_length, encoder.device)
         return {"text": encoder(ids_BL).last_hidden_state}
-
-    @cached_property
-    def negative_1LD(self) -> Tensor:
-        """Hidden states of the negative prompt."""
-        return self([self.negative_prompt])["text"]
 
     @cached_property
     def _clip(self) -> tuple[CLIPTextModel, CLIPTokenizer]:
@@ -142,10 +145,9 @@ class SDPolicy:
 
     denoiser: Denoiser
     folder: Path
-    vae: AutoencoderKL
-    unet_shrink: int
-    """How many times smaller the UNet's innermost grid is than its latents."""
-    text: SDText
+    codec: LatentCodec
+    text: PromptCache
+    negative_prompt: str
     diffusion: DiscreteDiffusion
     guidance: float
     lora: LoRA | None
@@ -160,36 +162,19 @@ class SDPolicy:
         Raises:
             InputError: the VAE and the UNet cannot halve such an image as often as they do.
         """
-        shrink = _shrink(self.vae.config)
-        multiple = shrink * self.unet_shrink
-        if height % multiple or width % multiple:
-            raise InputError(
-                f"data.size: images of {height}x{width} pixels do not fit this model; both sides must be "
-                f"multiples of {multiple}."
-            )
-        return self.vae.config.latent_channels, height // shrink, width // shrink
+        return self.codec.latent_shape(height, width)
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Condition:
-        """Text states, hole on the latent grid, and the latents of the image with its hole blanked.
-
-        The posterior's mode is taken: a sample would give each member of a group another condition.
-        """
-        device = self.vae.device
-        holes_B1HW = batch.holes_B1HW.to(device)
-        masked_BCHW = blank_holes(to_model_range(batch.images_BCHW.to(device)), holes_B1HW)
-        masked_latents_BChw = self._latents(masked_BCHW)
+        """Text states, hole on the latent grid, and the latents of the image with its hole blanked."""
+        masked_latents_BChw = self.codec.encode_known(batch)
+        holes_B1HW = batch.holes_B1HW.to(masked_latents_BChw.device)
         hole_B1hw = functional.interpolate(holes_B1HW.float(), size=masked_latents_BChw.shape[-2:])
         return Condition({**self.text(batch.prompts), "hole": hole_B1hw, "masked_latents": masked_latents_BChw})
 
-    @torch.no_grad()
     def encode_images(self, images_NCHW: Tensor) -> Tensor:
         """Latents, float32, of whole uint8 images."""
-        return self._latents(to_model_range(images_NCHW.to(self.vae.device)))
-
-    def _latents(self, images_NCHW: Tensor) -> Tensor:
-        mode_NChw = self.vae.encode(images_NCHW.to(self.vae.dtype)).latent_dist.mode()
-        return mode_NChw.float() * self.vae.config.scaling_factor
+        return self.codec.encode(images_NCHW)
 
     def predict(self, latents_NCHW: Tensor, times_N: Tensor, condition: Condition, *, guided: bool) -> Tensor:
         """eps; if guided, eps_u + w (eps_c - eps_u), both halves in one forward (2207.12598)."""
@@ -201,20 +186,22 @@ class SDPolicy:
         eps_2N = self._eps(
             torch.cat([inputs, inputs]),
             torch.cat([times_N, times_N]),
-            torch.cat([self.text.negative_1LD.expand_as(text), text]),
+            torch.cat([self._negative_1LD.expand_as(text), text]),
         )
         unconditional, conditional = eps_2N.chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
+
+    @cached_property
+    def _negative_1LD(self) -> Tensor:
+        return self.text([self.negative_prompt])["text"]
 
     def _eps(self, inputs_NCHW: Tensor, times_N: Tensor, text_NLD: Tensor) -> Tensor:
         output: Any = self.denoiser(inputs_NCHW.to(text_NLD.dtype), times_N, text_NLD, return_dict=False)
         return output[0].float()
 
-    @torch.no_grad()
     def decode(self, latents_NCHW: Tensor) -> Tensor:
         """Images in [0, 1], float32."""
-        latents = (latents_NCHW / self.vae.config.scaling_factor).to(self.vae.dtype)
-        return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+        return self.codec.decode(latents_NCHW)
 
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Write a folder that stock diffusers loads as StableDiffusionInpaintPipeline."""

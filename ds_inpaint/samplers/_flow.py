@@ -29,11 +29,9 @@ def sde_step(here: float, there: float, std: float) -> Step:
     return flow_step(here, there, std**2 / (2 * here), std)
 
 
-def bind(sigmas: Sequence[float], noisy_step: Callable[[float, float], Step], trainable: tuple[int, ...]) -> Schedule:
+def bind(sigmas: Sequence[float], noisy_step: Callable[[float, float], Step]) -> Schedule:
     """A schedule of noisy steps, but for the last: nothing would remove the noise that it draws."""
     spans = tuple(pairwise(sigmas))
     quiet_steps = tuple(flow_step(here, there) for here, there in spans)
     noisy_steps = tuple(noisy_step(here, there) for here, there in spans[:-1])
-    return Schedule(
-        torch.tensor(sigmas[:-1], dtype=torch.float32), (*noisy_steps, quiet_steps[-1]), quiet_steps, trainable
-    )
+    return Schedule(torch.tensor(sigmas[:-1], dtype=torch.float32), (*noisy_steps, quiet_steps[-1]), quiet_steps)

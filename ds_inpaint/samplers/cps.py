@@ -53,4 +53,4 @@ class CPS:
             removed = there * (1 - math.cos(angle))
             return flow_step(here, there, removed, std, 1.0 if self.normalise else 2 * std**2)
 
-        return bind(process.sigmas(self.steps), noisy_step, self.trainable_steps)
+        return bind(process.sigmas(self.steps), noisy_step)

@@ -26,6 +26,7 @@ class DanceSDE:
         0.3,
         "Diffusion, noise std per square root of sigma: more explores more, too much stays visible; 0 is the ODE.",
         at_least=0,
+        at_most=2,
     )
 
     @property
@@ -39,4 +40,4 @@ class DanceSDE:
         def noisy_step(here: float, there: float) -> Step:
             return sde_step(here, there, self.eta * math.sqrt(here - there))
 
-        return bind(process.sigmas(self.steps), noisy_step, self.trainable_steps)
+        return bind(process.sigmas(self.steps), noisy_step)

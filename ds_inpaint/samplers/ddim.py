@@ -42,7 +42,6 @@ class DDIM:
             torch.tensor(times, dtype=torch.float32),
             tuple(_step(here, there, self.eta) for here, there in spans),
             tuple(_step(here, there, 0.0) for here, there in spans),
-            self.trainable_steps,
         )
 
 

@@ -23,6 +23,7 @@ class FlowSDE:
         0.7,
         "Noise level a, the std of the first step's noise: more explores more, too much stays visible; 0 is the ODE.",
         at_least=0,
+        at_most=2,
     )
 
     @property
@@ -39,4 +40,4 @@ class FlowSDE:
             diffusion = self.noise * math.sqrt(here / (1 - min(here, sigmas[1])))
             return sde_step(here, there, diffusion * math.sqrt(here - there))
 
-        return bind(sigmas, noisy_step, self.trainable_steps)
+        return bind(sigmas, noisy_step)

@@ -26,4 +26,4 @@ class ODE:
 
     def schedule(self, process: RectifiedFlow) -> Schedule:
         """latents + (there - here) * velocity at each step."""
-        return bind(process.sigmas(self.steps), flow_step, self.trainable_steps)
+        return bind(process.sigmas(self.steps), flow_step)
