@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_inpaint.data import load
 from ds_inpaint.denoising import denoising_task
-from ds_inpaint.images import read_png, write_grid, write_png
+from ds_inpaint.images import write_grid, write_png
 from ds_inpaint.keys import door, key
 from ds_inpaint.noise import sample_noise
 from ds_inpaint.pixels import blank_holes
@@ -139,7 +139,7 @@ def _write(
     tiles.mkdir(parents=True, exist_ok=True)
     for number, fill in fills.items():
         write_png(tiles / f"{number:04d}.png", fill)
-    masked, originals = _inputs([triples[number] for number in sorted(fills)], pixels)
+    masked, originals = masked_and_whole([triples[number] for number in sorted(fills)], pixels)
     pictures = torch.stack([fills[number] for number in sorted(fills)])
     write_grid(
         folder / f"{iteration:06d}.png",
@@ -156,23 +156,8 @@ def _write(
     (folder / f"{iteration:06d}.json").write_text(json.dumps(rows, indent=1))
 
 
-def read_values(folder: Path, iteration: int, name: str) -> Tensor:
-    """What an evaluation wrote of each sample [N], such as ``reward`` or ``loss``; NaN where scoring failed."""
-    rows = json.loads((folder / f"{iteration:06d}.json").read_text())
-    return torch.tensor([math.nan if row[name] is None else row[name] for row in rows])
-
-
-def draw_before_after(folder: Path, path: Path, last: int, rows: Sequence[Triple], pixels: tuple[int, int]) -> None:
-    """Draw masked | base fill | trained fill | original from the tiles of the first and the last evaluation."""
-    names = sorted(tile.name for tile in (folder / f"{last:06d}").iterdir())
-    masked, originals = _inputs([rows[int(Path(name).stem) % len(rows)] for name in names], pixels)
-    before, after = (
-        torch.stack([read_png(folder / f"{iteration:06d}" / name) for name in names]) for iteration in (0, last)
-    )
-    write_grid(path, [("masked", masked), ("before", before), ("after", after), ("original", originals)])
-
-
-def _inputs(triples: Sequence[Triple], pixels: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def masked_and_whole(triples: Sequence[Triple], pixels: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The images with grey holes, and as they are; uint8 [n, 3, H, W] each."""
     batch = load(triples, pixels)
     grey = blank_holes(batch.images_BCHW.float() - 127.5, batch.holes_B1HW) + 127.5
     return grey.to(torch.uint8), batch.images_BCHW

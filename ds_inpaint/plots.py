@@ -23,12 +23,13 @@ def draw_reward_curve(path: Path, rows: Sequence[dict[str, Any]], title: str) ->
     axes = figure.add_subplot()
     training = [row for row in rows if row.get("reward/mean") is not None]
     heldout = [row for row in rows if row.get("heldout/reward") is not None]
-    axes.plot(
-        [row["iteration"] for row in training],
-        [row["reward/mean"] for row in training],
-        color="tab:gray",
-        label="training rollouts",
-    )
+    if training:  # supervised training has none
+        axes.plot(
+            [row["iteration"] for row in training],
+            [row["reward/mean"] for row in training],
+            color="tab:gray",
+            label="training rollouts",
+        )
     axes.errorbar(
         [row["iteration"] for row in heldout],
         [row["heldout/reward"] for row in heldout],

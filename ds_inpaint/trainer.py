@@ -10,23 +10,21 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from ds_inpaint.data import read_rows, rows_of_iteration
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.embedded_server import EmbeddedServer
 from ds_inpaint.engine import Engine
 from ds_inpaint.errors import InputError, RewardsUnavailable
-from ds_inpaint.heldout import draw_before_after, evaluate, mean_and_error, read_values
+from ds_inpaint.heldout import evaluate
 from ds_inpaint.meter import Meter, over_updates
-from ds_inpaint.plots import draw_reward_curve
 from ds_inpaint.recipe import Recipe
+from ds_inpaint.results import draw_results
 from ds_inpaint.rewards import EMBEDDED, RewardClient, Rewards
 from ds_inpaint.rollout import Rollout
 from ds_inpaint.schema import plain
 from ds_inpaint.sharded_load import create
 from ds_inpaint.slots import EMA
-from ds_inpaint.tracking import Tracker, read_metrics
+from ds_inpaint.tracking import Tracker
 from ds_inpaint.values import Experiences, Placement, Policy, Sampler, Triple
 
 
@@ -272,31 +270,5 @@ class TrainingRun:
         if weights is None:
             return
         self.policy.export(weights, self.folder / "export")
-        total, samples = self.recipe.run.iterations, self.folder / "samples"
-        draw_before_after(samples, self.folder / "before_after.png", total, self.heldout_rows, self.recipe.data.pixels)
-        draw_reward_curve(
-            self.folder / "reward_curve.png",
-            read_metrics(self.folder / "metrics.jsonl"),
-            self.recipe.run.name,
-        )
-        print(self.report(), flush=True)
-
-    def report(self) -> str:
-        """The last words of a run; changes are paired differences over the same triples and noise."""
-        samples, total = self.folder / "samples", self.recipe.run.iterations
-        return (
-            f"{_change('held-out reward', read_values(samples, 0, 'reward'), read_values(samples, total, 'reward'))}\n"
-            f"{_change('held-out loss', read_values(samples, 0, 'loss'), read_values(samples, total, 'loss'))}\n"
-            f"before and after {self.folder / 'before_after.png'}\n"
-            f"reward curve     {self.folder / 'reward_curve.png'}\n"
-            f"metrics          {self.folder / 'metrics.jsonl'}\n"
-            f"model            {self.folder / 'export'}"
-        )
-
-
-def _change(what: str, before_N: Tensor, after_N: Tensor) -> str:
-    difference, error = mean_and_error(after_N - before_N)
-    return (
-        f"{what:16} {mean_and_error(before_N)[0]:.4f} before, {mean_and_error(after_N)[0]:.4f} after: "
-        f"{difference:+.4f} +- {error:.4f} over {len(after_N)} samples"
-    )
+        last, data = self.recipe.run.iterations, self.recipe.data
+        print(draw_results(self.folder, last, self.recipe.run.name, self.heldout_rows, data.pixels), flush=True)

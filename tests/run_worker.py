@@ -30,8 +30,8 @@ def another_training_forward() -> Iterator[None]:
     """The policy computes something else when it trains than when it samples."""
     predict = SDPolicy.predict
 
-    def disagree(self, *inputs):
-        return predict(self, *inputs) * (1.01 if torch.is_grad_enabled() else 1.0)
+    def disagree(self, *inputs, guided):
+        return predict(self, *inputs, guided=guided) * (1.01 if torch.is_grad_enabled() else 1.0)
 
     with patch.object(SDPolicy, "predict", disagree):
         yield

@@ -19,7 +19,7 @@ FLOORS = (
     "processes regions gaussian pixels noise scores policy_gradient advantages preference values denoising samplers",
     "images data distributed adapters models embedded_server reward_wire rewards plots tracking",
     "optimizer zero_config shards slots checkpoints sharded_load engine",
-    "rollout heldout algorithm",
+    "rollout heldout results algorithm",
     "algorithms",
     "recipe run_folder",
     "meter trainer",
