@@ -1,4 +1,4 @@
-# make demo   trains a tiny policy on real photographs: about five minutes on two CPU cores
+# make demo   trains a tiny policy on real photographs: about two minutes on two CPU cores
 # make test   the whole test suite
 # make lint   style and types
 
