@@ -36,6 +36,7 @@ from training import (
     fit_vae,
     hole_error,
     make_clip,
+    make_codec,
     refine_decoder,
     vae_psnr,
     write_fills,
@@ -68,19 +69,7 @@ FILL_STEPS = 20
 
 def make_vae() -> AutoencoderKL:
     """The untrained autoencoder: 3x64x64 pixels to 16x8x8 latents and back."""
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 64),
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=8,
-        sample_size=64,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    return make_codec((16, 32, 64, 64), latent_channels=16, between_convolutions=False)
 
 
 def make_transformer() -> FluxTransformer2DModel:

@@ -33,6 +33,7 @@ from training import (
     fit,
     fit_vae,
     make_clip,
+    make_codec,
     refine_decoder,
     vae_psnr,
     write_fills,
@@ -58,17 +59,7 @@ FILL_GUIDANCE = 1.5
 
 def make_vae() -> AutoencoderKL:
     """The untrained autoencoder: 3x64x64 pixels to 4x16x16 latents and back."""
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=64,
-        mid_block_add_attention=False,
-    )
+    return make_codec((16, 32, 64), latent_channels=4, between_convolutions=True)
 
 
 @dataclass(frozen=True)

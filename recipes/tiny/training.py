@@ -162,6 +162,28 @@ def vae_psnr(vae: AutoencoderKL, images_BCHW: Tensor) -> float:
     return psnr_B.mean().item()
 
 
+def make_codec(channels: tuple[int, ...], latent_channels: int, *, between_convolutions: bool) -> AutoencoderKL:
+    """Make an untrained autoencoder; each entry of ``channels`` but the last halves the image.
+
+    Args:
+        between_convolutions: whether latents pass a convolution after the encoder and before the decoder, which
+            Stable Diffusion has and FLUX.1 does not.
+    """
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+        use_quant_conv=between_convolutions,
+        use_post_quant_conv=between_convolutions,
+    )
+
+
 def make_clip(folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """Make a tokenizer that spells prompts byte by byte, and a random text encoder that stays frozen.
 
