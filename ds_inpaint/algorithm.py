@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ds_inpaint.rewards import RewardClient
+from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Rollout
 from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
 

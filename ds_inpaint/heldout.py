@@ -19,7 +19,7 @@ from ds_inpaint.images import write_grid, write_png
 from ds_inpaint.keys import door, key
 from ds_inpaint.noise import sample_noise
 from ds_inpaint.pixels import blank_holes
-from ds_inpaint.rewards import RewardClient
+from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Prepared, Rollout
 from ds_inpaint.scores import sample_order
 from ds_inpaint.values import Triple
@@ -90,7 +90,7 @@ def evaluate(
     prepared = rollout.prepare(triples, 1, [mine])
     rollouts = rollout.run(prepared, rewards, purpose="heldout", iteration=0)
     losses_N = denoising_losses(prepared, rollout, len(triples))
-    rewards_N = rollouts.scores.combined_N(rewards.weights)
+    rewards_N = rollouts.scores.combined_N(rewards.recipe.scorers)
     shown = range(0, len(triples), math.ceil(len(triples) / recipe.pictures))
     drawn = {
         number: picture.cpu()

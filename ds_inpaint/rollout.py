@@ -16,7 +16,7 @@ from ds_inpaint.gaussian import Schedule
 from ds_inpaint.noise import sample_noise
 from ds_inpaint.pixels import paste_known, to_bytes
 from ds_inpaint.regions import EVERYWHERE, Focus
-from ds_inpaint.rewards import RewardClient
+from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.scores import Scores, concatenate, sample_order
 from ds_inpaint.values import Batch, Condition, Policy, Triple
 

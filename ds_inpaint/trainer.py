@@ -19,7 +19,8 @@ from ds_inpaint.heldout import evaluate
 from ds_inpaint.meter import Meter, over_updates
 from ds_inpaint.recipe import Recipe
 from ds_inpaint.results import draw_results
-from ds_inpaint.rewards import EMBEDDED, RewardClient, Rewards
+from ds_inpaint.reward_client import RewardClient
+from ds_inpaint.rewards import EMBEDDED, Rewards
 from ds_inpaint.rollout import Rollout
 from ds_inpaint.schema import plain
 from ds_inpaint.sharded_load import create

@@ -1,49 +1,61 @@
-"""Finds a scorer's file by its name, applies its settings and takes its fingerprint."""
+"""Finds a scorer's file by its name, applies its settings, finds its weights and takes its fingerprint."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from reward_servers.errors import SetupError, did_you_mean
-from reward_servers.scorer import Loaded
+from reward_servers.scorer import Loaded, Weights
+from reward_servers.weights import content_hash, find_weights
 
-BUILT_IN = Path(__file__).parent / "scorers"
-SHARED_CODE = Path(__file__).parent / "pixels.py"
-"""What several scorers compute with, and so part of every fingerprint."""
+PACKAGE = Path(__file__).parent
+BUILT_IN = PACKAGE / "scorers"
 
 
-def load(name: str, settings: Mapping[str, str] | None = None, folder: Path | None = None) -> Loaded:
-    """Load a scorer.
+def load(name: str, settings: Mapping[str, str] | None = None, folder: Path | None = None, file: str = "") -> Loaded:
+    """Load a scorer, not yet its models: the first batch does that.
 
     Args:
-        name: a file name in ``reward_servers/scorers`` or ``folder``, without ``.py``.
-        settings: field name to its value as text, JSON unless the field is a string.
+        name: what clients call it.
+        settings: field name to its value as text, JSON unless the field is a string or a path.
         folder: where to look for more scorers.
+        file: a file name in ``reward_servers/scorers`` or ``folder``, without ``.py``; left out, it is ``name``.
 
     Raises:
-        SetupError: there is no such scorer, it has no such setting, or a value has the wrong type.
+        SetupError: there is no such scorer, it has no such setting, a value has the wrong type, or its weights are
+            not there.
     """
+    file = file or name
     files = scorer_files(folder)
-    if name not in files:
+    if file not in files:
         folders = f"{BUILT_IN} or {folder}" if folder else f"{BUILT_IN}"
         raise SetupError(
-            f"There is no scorer {name!r}.{did_you_mean(name, files)} The scorers are "
+            f"There is no scorer {file!r}.{did_you_mean(file, files)} The scorers are "
             f"{', '.join(sorted(files))}; each is a file NAME.py in {folders}."
         )
-    scorer_class = _module(name, files[name]).Scorer
+    scorer_class = _module(file, files[file]).Scorer
     scorer = scorer_class(**_typed_settings(name, scorer_class, settings or {}))
-    identity = json.dumps([name, dataclasses.asdict(scorer)], sort_keys=True).encode()
-    parts = (identity, files[name].read_bytes(), SHARED_CODE.read_bytes())
+    weights = {
+        field.name: find_weights(name, field.name, getattr(scorer, field.name), field.metadata[Weights])
+        for field in dataclasses.fields(scorer)
+        if Weights in field.metadata
+    }
+    # Where the weights lie does not change a score; what is in them does.
+    hashes = {key: content_hash(path) for key, path in weights.items()}
+    identity = json.dumps([file, dataclasses.asdict(scorer) | hashes], sort_keys=True).encode()
+    parts = (identity, *(path.read_bytes() for path in sorted(_code_of(files[file]))))
     digests = b"".join(hashlib.sha256(part).digest() for part in parts)
-    return Loaded(name, hashlib.sha256(digests).hexdigest(), scorer)
+    return Loaded(name, hashlib.sha256(digests).hexdigest(), dataclasses.replace(scorer, **weights))
 
 
 def scorer_files(folder: Path | None = None) -> dict[str, Path]:
@@ -77,6 +89,35 @@ def _module(name: str, path: Path) -> ModuleType:
     return module
 
 
+def _code_of(file: Path) -> set[Path]:
+    """A scorer's file and those of this package that it imports, directly or not."""
+    found, left = set(), [file]
+    while left:
+        path = left.pop()
+        if path not in found:
+            found.add(path)
+            left += _imports_from_here(path)
+    return found
+
+
+@functools.cache
+def _imports_from_here(path: Path) -> list[Path]:
+    names = [
+        name.removeprefix(f"{PACKAGE.name}.")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in _imported(node)
+        if name.startswith(f"{PACKAGE.name}.")
+    ]
+    return [PACKAGE.joinpath(*name.split(".")).with_suffix(".py") for name in names]
+
+
+def _imported(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.ImportFrom) and node.module:
+        yield node.module
+    elif isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+
+
 def _typed_settings(name: str, scorer_class: type, settings: Mapping[str, str]) -> dict[str, Any]:
     """Turn ``{"erosion_px": "4"}`` into ``{"erosion_px": 4}``, by the types of the defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(scorer_class)}
@@ -99,6 +140,8 @@ def _like(default: object, text: str) -> object:
     """Read ``text`` as a value of the default's type; ValueError when it is not one."""
     if isinstance(default, str):
         return text
+    if isinstance(default, Path):
+        return Path(text)
     value = json.loads(text)
     if isinstance(default, float) and type(value) is int:
         return float(value)

@@ -1,18 +1,46 @@
 """What a scorer is: the values it takes and gives.
 
 The file ``reward_servers/scorers/NAME.py`` is the scorer NAME. It defines a frozen dataclass ``Scorer`` whose
-fields are its settings, each with a default, with a class attribute ``info`` and a method ``score``. Nothing
-else has to change to add one.
+fields are its settings, each with a default, with a class attribute or property ``info`` and a method ``score``.
+Nothing else has to change to add one.
+
+A scorer holds no model: a function with ``functools.cache`` loads it, and every scorer that calls this function
+with the same arguments shares it. The server scores a made-up batch before it serves, and so loads all models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights behind a setting come from; kept in the field's metadata under this class."""
+
+    hub: str
+    """Repository with the published weights, ``OWNER/NAME``; empty where none can be used as it is."""
+    convert: str
+    """What ``python -m reward_servers convert`` makes them from; empty where nothing needs converting."""
+
+
+def weights_from(hub: str = "", *, convert: str = "") -> Any:
+    """Declare a setting, of type ``Path``, that names weights: a folder or a file, or a repository of the hub.
+
+        weights: Path = weights_from("openai/clip-vit-large-patch14")
+
+    Once loaded, a scorer finds there the folder or file on this disk. Its content, and not where it lies, is part of
+    the fingerprint. See ``Weights`` for the arguments.
+    """
+    return field(default=Path(hub), metadata={Weights: Weights(hub, convert)})
 
 
 class Need(StrEnum):
@@ -30,8 +58,10 @@ class Inputs:
     """N items to score. Only what the scorer needs is sure to be there."""
 
     tensors: Mapping[Need, Tensor]
-    """Images and masks, float32 [N, C, H, W]; read them through the properties."""
+    """Images and masks, float32 [N, C, H, W], on the server's device; read them through the properties."""
     prompts: Sequence[str] = ()
+    shared: dict[object, Any] = field(default_factory=dict)
+    """What ``once`` keeps."""
 
     @property
     def decoded_NCHW(self) -> Tensor:
@@ -57,6 +87,17 @@ class Inputs:
     def count(self) -> int:
         """N."""
         return len(next(iter(self.tensors.values())))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie, and models have to."""
+        return next(iter(self.tensors.values())).device
+
+    def once(self, key: object, compute: Callable[[], Value]) -> Value:
+        """What ``compute`` gives for this batch; computed once for all scorers that ask with an equal key."""
+        if key not in self.shared:
+            self.shared[key] = compute()
+        return self.shared[key]
 
     def item(self, index: int) -> Inputs:
         """The batch of one that holds item ``index``."""
@@ -95,7 +136,7 @@ class Scorer(Protocol):
 
     @property
     def info(self) -> Info:
-        """A class attribute in practice."""
+        """A class attribute where it does not depend on the settings."""
         ...
 
     def score(self, inputs: Inputs) -> Scored:
@@ -108,6 +149,7 @@ class Loaded:
     """A scorer ready to serve."""
 
     name: str
+    """What clients call it."""
     fingerprint: str
-    """sha256 over the scorer's name, settings and code."""
+    """sha256 over the scorer's file name, settings, code and weights."""
     scorer: Scorer

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.rollout import Rollout
+from ds_inpaint.rewards import Rewards
 from ds_inpaint.scores import Scores, concatenate
 from ds_inpaint.values import Policy
 
@@ -57,7 +58,7 @@ def plain_rollout(policy: Policy, sampler: Any, pixels: tuple[int, int] = (64, 6
 class FormulaRewards:
     """Stands in for the reward client: a score for each pasted picture by a function of it, uint8 [N, H, W, 3]."""
 
-    weights: ClassVar = {"formula": 1.0}
+    recipe: ClassVar = Rewards({"formula": 1.0})
 
     def __init__(self, formula: Callable[[Tensor], Tensor]) -> None:
         self.formula = formula

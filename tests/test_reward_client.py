@@ -16,8 +16,9 @@ from reward_helpers import FAULTY_SCORER, Servers, random_samples
 
 from ds_inpaint.errors import InputError, RewardsUnavailable
 from ds_inpaint.keys import Impossible
+from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.reward_wire import read_response
-from ds_inpaint.rewards import RewardClient, Rewards
+from ds_inpaint.rewards import Rewards
 from ds_inpaint.scores import Scores
 from reward_servers.service import Limits
 
@@ -64,7 +65,7 @@ def test_scores_arrive_in_order_and_combine_by_weight(server):
     with RewardClient.connect(rewards(), [server.address]) as client:
         scores = scores_of(client, samples)
         reverse = scores_of(client, {name: _reversed(values) for name, values in samples.items()})
-        assert client.weights == WEIGHTS
+        assert client.recipe.scorers == WEIGHTS
     assert list(scores.values) == list(WEIGHTS)
     assert scores.values["seam"].dtype == torch.float32
     assert len(set(scores.values["seam"].tolist())) == 6

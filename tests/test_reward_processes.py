@@ -16,7 +16,8 @@ from reward_helpers import FAULTY_SCORER, random_samples
 
 from ds_inpaint.embedded_server import EmbeddedServer
 from ds_inpaint.errors import InputError
-from ds_inpaint.rewards import RewardClient, Rewards
+from ds_inpaint.reward_client import RewardClient
+from ds_inpaint.rewards import Rewards
 from reward_servers.__main__ import main
 
 COMMAND = (sys.executable, "-m", "reward_servers")
@@ -49,11 +50,11 @@ def test_a_server_may_be_killed_and_started_again_and_finishes_when_told_to_stop
     with ExitStack() as stack:
         first, address = stack.enter_context(server_process(*command, "--port", "0"))
         client = stack.enter_context(RewardClient.connect(recipe, [address]))
-        before = client.collect(client.submit(**samples)).combined_N(client.weights)
+        before = client.collect(client.submit(**samples)).combined_N(client.recipe.scorers)
         first.kill()
         pending = client.submit(**samples)
         second, _ = stack.enter_context(server_process(*command, "--port", address.split(":")[1]))
-        after = client.collect(pending).combined_N(client.weights)
+        after = client.collect(pending).combined_N(client.recipe.scorers)
         torch.testing.assert_close(before, after, rtol=0, atol=0)
         assert not before.isnan().any()
 

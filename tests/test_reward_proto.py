@@ -23,7 +23,8 @@ PROMISED = {
         "group_ids": 9,
         "expected_fingerprints": 10,
     },
-    "ScoreResponse": {"request_id": 1, "results": 2},
+    "ScoreResponse": {"request_id": 1, "results": 2, "timing": 3, "server_id": 4},
+    "Timing": {"queue_ms": 1, "compute_ms": 2, "batch_items": 3},
     "ScorerResult": {
         "scorer": 1,
         "fingerprint": 2,
@@ -34,8 +35,8 @@ PROMISED = {
     },
     "Component": {"name": 1, "values": 2},
     "GetServerInfoRequest": {},
-    "GetServerInfoResponse": {"version": 1, "limits": 2, "scorers": 3},
-    "Limits": {"max_message_bytes": 1, "max_items_per_request": 2},
+    "GetServerInfoResponse": {"version": 1, "limits": 2, "scorers": 3, "server_id": 4, "device": 5},
+    "Limits": {"max_message_bytes": 1, "max_items_per_request": 2, "max_queue_items": 3},
     "ScorerInfo": {
         "name": 1,
         "fingerprint": 2,
@@ -45,6 +46,27 @@ PROMISED = {
         "typical_high": 6,
         "components": 7,
         "needs": 8,
+    },
+    "GetStatsRequest": {},
+    "GetStatsResponse": {
+        "server_id": 1,
+        "uptime_seconds": 2,
+        "requests_scored": 3,
+        "requests_pushed_back": 4,
+        "requests_refused": 5,
+        "requests_dropped": 6,
+        "queue_items": 7,
+        "scorers": 8,
+    },
+    "ScorerStats": {
+        "name": 1,
+        "items_scored": 2,
+        "items_failed": 3,
+        "mean": 4,
+        "std": 5,
+        "min": 6,
+        "max": 7,
+        "compute_seconds": 8,
     },
 }
 """Message to field to number: a change of any of these breaks servers or trainers that are already out."""
@@ -76,7 +98,7 @@ def test_enums_follow_the_style_that_lets_them_grow():
 def test_service_is_unary_with_messages_of_its_own():
     service = reward_pb2.DESCRIPTOR.services_by_name["RewardService"]
     assert service.full_name == "ds_inpaint.reward.v1.RewardService"
-    assert set(service.methods_by_name) == {"Score", "GetServerInfo"}
+    assert set(service.methods_by_name) == {"Score", "GetServerInfo", "GetStats"}
     for method in service.methods:
         assert not method.client_streaming
         assert not method.server_streaming

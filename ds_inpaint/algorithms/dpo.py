@@ -18,7 +18,7 @@ from ds_inpaint.keys import key
 from ds_inpaint.noise import sample_noise
 from ds_inpaint.preference import Preferences, best_and_worst, preference_loss_N, preference_margin_N
 from ds_inpaint.regions import latent_holes
-from ds_inpaint.rewards import RewardClient
+from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Prepared, Rollout
 from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
 
@@ -116,7 +116,7 @@ class DPO:
         reference = rollout.policy.denoiser.weights
         with reference("reference") if self.sampled_by == "reference" else nullcontext():
             rollouts = rollout.run(prepared, rewards, purpose="rollout", iteration=iteration)
-        rewards_N, valid_N = rollouts.scores.combined_N(rewards.weights), rollouts.scores.valid_N
+        rewards_N, valid_N = rollouts.scores.combined_N(rewards.recipe.scorers), rollouts.scores.valid_N
         preferences = best_and_worst(rewards_N, valid_N, self.group_size, self.least_spread)
         pasted = {
             sample: image

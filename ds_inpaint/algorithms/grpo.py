@@ -18,7 +18,7 @@ from ds_inpaint.keys import Impossible, key
 from ds_inpaint.noise import generator
 from ds_inpaint.policy_gradient import clipped_surrogate, importance_ratio
 from ds_inpaint.regions import EVERYWHERE, Focus, latent_holes, mean_N
-from ds_inpaint.rewards import RewardClient
+from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Chunk, Rollout
 from ds_inpaint.scores import Scores
 from ds_inpaint.values import Condition, Experiences, Loss, Policy, Sampler, Triple
@@ -160,8 +160,8 @@ class GRPO:
             focus=lambda holes_n1HW: self._focus(holes_n1HW, rollout.latent_shape),
             same_start=self.same_start,
         )
-        rewards_N = rollouts.scores.combined_N(rewards.weights)
-        advantages = self._judge(rewards_N, rollouts.scores, rewards.weights)
+        rewards_N = rollouts.scores.combined_N(rewards.recipe.scorers)
+        advantages = self._judge(rewards_N, rollouts.scores, rewards.recipe.scorers)
         references = self._reference_predictions(rollouts.chunks, steps, rollout)
         updates = []
         for update, chunks in enumerate(rollouts.parts):

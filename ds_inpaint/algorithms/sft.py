@@ -16,7 +16,7 @@ from ds_inpaint.denoising import TIME_DISTRIBUTIONS, DenoisingTask, denoising_ta
 from ds_inpaint.keys import key
 from ds_inpaint.noise import generator, sample_noise
 from ds_inpaint.regions import latent_holes
-from ds_inpaint.rewards import RewardClient
+from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Prepared, Rollout
 from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
 

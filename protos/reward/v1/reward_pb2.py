@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(ds_inpaint_protos/reward/v1/reward.proto\x12\x14\x64s_inpaint.reward.v1\"X\n\x06Tensor\x12\x31\n\tdata_type\x18\x01 \x01(\x0e\x32\x1e.ds_inpaint.reward.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"G\n\nImageBatch\x12.\n\x06tensor\x18\x01 \x01(\x0b\x32\x1c.ds_inpaint.reward.v1.TensorH\x00\x42\t\n\x07\x63ontent\"\xe5\x03\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07scorers\x18\x02 \x03(\t\x12\x38\n\x0e\x64\x65\x63oded_images\x18\x03 \x01(\x0b\x32 .ds_inpaint.reward.v1.ImageBatch\x12\x37\n\rpasted_images\x18\x04 \x01(\x0b\x32 .ds_inpaint.reward.v1.ImageBatch\x12/\n\x05masks\x18\x05 \x01(\x0b\x32 .ds_inpaint.reward.v1.ImageBatch\x12:\n\x10reference_images\x18\x06 \x01(\x0b\x32 .ds_inpaint.reward.v1.ImageBatch\x12\x0f\n\x07prompts\x18\x07 \x03(\t\x12\x12\n\nsample_ids\x18\x08 \x03(\t\x12\x11\n\tgroup_ids\x18\t \x03(\t\x12[\n\x15\x65xpected_fingerprints\x18\n \x03(\x0b\x32<.ds_inpaint.reward.v1.ScoreRequest.ExpectedFingerprintsEntry\x1a;\n\x19\x45xpectedFingerprintsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"X\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x33\n\x07results\x18\x02 \x03(\x0b\x32\".ds_inpaint.reward.v1.ScorerResult\"\xbe\x01\n\x0cScorerResult\x12\x0e\n\x06scorer\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0e\n\x06scores\x18\x03 \x03(\x02\x12\x32\n\x08statuses\x18\x04 \x03(\x0e\x32 .ds_inpaint.reward.v1.ItemStatus\x12\x10\n\x08messages\x18\x05 \x03(\t\x12\x33\n\ncomponents\x18\x06 \x03(\x0b\x32\x1f.ds_inpaint.reward.v1.Component\")\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x03(\x02\"\x16\n\x14GetServerInfoRequest\"\x89\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12,\n\x06limits\x18\x02 \x01(\x0b\x32\x1c.ds_inpaint.reward.v1.Limits\x12\x31\n\x07scorers\x18\x03 \x03(\x0b\x32 .ds_inpaint.reward.v1.ScorerInfo\"B\n\x06Limits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x04\x12\x1d\n\x15max_items_per_request\x18\x02 \x01(\r\"\xc4\x01\n\nScorerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x0f\n\x07licence\x18\x04 \x01(\t\x12\x13\n\x0btypical_low\x18\x05 \x01(\x02\x12\x14\n\x0ctypical_high\x18\x06 \x01(\x02\x12\x12\n\ncomponents\x18\x07 \x03(\t\x12.\n\x05needs\x18\x08 \x03(\x0e\x32\x1f.ds_inpaint.reward.v1.InputKind*:\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x01*\x96\x01\n\nItemStatus\x12\x1b\n\x17ITEM_STATUS_UNSPECIFIED\x10\x00\x12\x12\n\x0eITEM_STATUS_OK\x10\x01\x12\x1d\n\x19ITEM_STATUS_INVALID_INPUT\x10\x02\x12\x1c\n\x18ITEM_STATUS_SCORER_ERROR\x10\x03\x12\x1a\n\x16ITEM_STATUS_NON_FINITE\x10\x04*\xb3\x01\n\tInputKind\x12\x1a\n\x16INPUT_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19INPUT_KIND_DECODED_IMAGES\x10\x01\x12\x1c\n\x18INPUT_KIND_PASTED_IMAGES\x10\x02\x12\x14\n\x10INPUT_KIND_MASKS\x10\x03\x12\x1f\n\x1bINPUT_KIND_REFERENCE_IMAGES\x10\x04\x12\x16\n\x12INPUT_KIND_PROMPTS\x10\x05\x32\xcb\x01\n\rRewardService\x12P\n\x05Score\x12\".ds_inpaint.reward.v1.ScoreRequest\x1a#.ds_inpaint.reward.v1.ScoreResponse\x12h\n\rGetServerInfo\x12*.ds_inpaint.reward.v1.GetServerInfoRequest\x1a+.ds_inpaint.reward.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(ds_inpaint_protos/reward/v1/reward.proto\x12\x14\x64s_inpaint.reward.v1\"X\n\x06Tensor\x12\x31\n\tdata_type\x18\x01 \x01(\x0e\x32\x1e.ds_inpaint.reward.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"G\n\nImageBatch\x12.\n\x06tensor\x18\x01 \x01(\x0b\x32\x1c.ds_inpaint.reward.v1.TensorH\x00\x42\t\n\x07\x63ontent\"\xe5\x03\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07scorers\x18\x02 \x03(\t\x12\x38\n\x0e\x64\x65\x63oded_images\x18\x03 \x01(\x0b\x32 .ds_inpaint.reward.v1.ImageBatch\x12\x37\n\rpasted_images\x18\x04 \x01(\x0b\x32 .ds_inpaint.reward.v1.ImageBatch\x12/\n\x05masks\x18\x05 \x01(\x0b\x32 .ds_inpaint.reward.v1.ImageBatch\x12:\n\x10reference_images\x18\x06 \x01(\x0b\x32 .ds_inpaint.reward.v1.ImageBatch\x12\x0f\n\x07prompts\x18\x07 \x03(\t\x12\x12\n\nsample_ids\x18\x08 \x03(\t\x12\x11\n\tgroup_ids\x18\t \x03(\t\x12[\n\x15\x65xpected_fingerprints\x18\n \x03(\x0b\x32<.ds_inpaint.reward.v1.ScoreRequest.ExpectedFingerprintsEntry\x1a;\n\x19\x45xpectedFingerprintsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x99\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x33\n\x07results\x18\x02 \x03(\x0b\x32\".ds_inpaint.reward.v1.ScorerResult\x12,\n\x06timing\x18\x03 \x01(\x0b\x32\x1c.ds_inpaint.reward.v1.Timing\x12\x11\n\tserver_id\x18\x04 \x01(\t\"C\n\x06Timing\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x12\n\ncompute_ms\x18\x02 \x01(\x02\x12\x13\n\x0b\x62\x61tch_items\x18\x03 \x01(\r\"\xbe\x01\n\x0cScorerResult\x12\x0e\n\x06scorer\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0e\n\x06scores\x18\x03 \x03(\x02\x12\x32\n\x08statuses\x18\x04 \x03(\x0e\x32 .ds_inpaint.reward.v1.ItemStatus\x12\x10\n\x08messages\x18\x05 \x03(\t\x12\x33\n\ncomponents\x18\x06 \x03(\x0b\x32\x1f.ds_inpaint.reward.v1.Component\")\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x03(\x02\"\x16\n\x14GetServerInfoRequest\"\xac\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12,\n\x06limits\x18\x02 \x01(\x0b\x32\x1c.ds_inpaint.reward.v1.Limits\x12\x31\n\x07scorers\x18\x03 \x03(\x0b\x32 .ds_inpaint.reward.v1.ScorerInfo\x12\x11\n\tserver_id\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\"[\n\x06Limits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x04\x12\x1d\n\x15max_items_per_request\x18\x02 \x01(\r\x12\x17\n\x0fmax_queue_items\x18\x03 \x01(\r\"\xc4\x01\n\nScorerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x0f\n\x07licence\x18\x04 \x01(\t\x12\x13\n\x0btypical_low\x18\x05 \x01(\x02\x12\x14\n\x0ctypical_high\x18\x06 \x01(\x02\x12\x12\n\ncomponents\x18\x07 \x03(\t\x12.\n\x05needs\x18\x08 \x03(\x0e\x32\x1f.ds_inpaint.reward.v1.InputKind\"\x11\n\x0fGetStatsRequest\"\xf1\x01\n\x10GetStatsResponse\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x02 \x01(\x01\x12\x17\n\x0frequests_scored\x18\x03 \x01(\x04\x12\x1c\n\x14requests_pushed_back\x18\x04 \x01(\x04\x12\x18\n\x10requests_refused\x18\x05 \x01(\x04\x12\x18\n\x10requests_dropped\x18\x06 \x01(\x04\x12\x13\n\x0bqueue_items\x18\x07 \x01(\r\x12\x32\n\x07scorers\x18\x08 \x03(\x0b\x32!.ds_inpaint.reward.v1.ScorerStats\"\x95\x01\n\x0bScorerStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0citems_scored\x18\x02 \x01(\x04\x12\x14\n\x0citems_failed\x18\x03 \x01(\x04\x12\x0c\n\x04mean\x18\x04 \x01(\x01\x12\x0b\n\x03std\x18\x05 \x01(\x01\x12\x0b\n\x03min\x18\x06 \x01(\x01\x12\x0b\n\x03max\x18\x07 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x08 \x01(\x01*:\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x01*\x96\x01\n\nItemStatus\x12\x1b\n\x17ITEM_STATUS_UNSPECIFIED\x10\x00\x12\x12\n\x0eITEM_STATUS_OK\x10\x01\x12\x1d\n\x19ITEM_STATUS_INVALID_INPUT\x10\x02\x12\x1c\n\x18ITEM_STATUS_SCORER_ERROR\x10\x03\x12\x1a\n\x16ITEM_STATUS_NON_FINITE\x10\x04*\xb3\x01\n\tInputKind\x12\x1a\n\x16INPUT_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19INPUT_KIND_DECODED_IMAGES\x10\x01\x12\x1c\n\x18INPUT_KIND_PASTED_IMAGES\x10\x02\x12\x14\n\x10INPUT_KIND_MASKS\x10\x03\x12\x1f\n\x1bINPUT_KIND_REFERENCE_IMAGES\x10\x04\x12\x16\n\x12INPUT_KIND_PROMPTS\x10\x05\x32\xa6\x02\n\rRewardService\x12P\n\x05Score\x12\".ds_inpaint.reward.v1.ScoreRequest\x1a#.ds_inpaint.reward.v1.ScoreResponse\x12h\n\rGetServerInfo\x12*.ds_inpaint.reward.v1.GetServerInfoRequest\x1a+.ds_inpaint.reward.v1.GetServerInfoResponse\x12Y\n\x08GetStats\x12%.ds_inpaint.reward.v1.GetStatsRequest\x1a&.ds_inpaint.reward.v1.GetStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,12 +33,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SCOREREQUEST_EXPECTEDFINGERPRINTSENTRY']._loaded_options = None
   _globals['_SCOREREQUEST_EXPECTEDFINGERPRINTSENTRY']._serialized_options = b'8\001'
-  _globals['_DATATYPE']._serialized_start=1474
-  _globals['_DATATYPE']._serialized_end=1532
-  _globals['_ITEMSTATUS']._serialized_start=1535
-  _globals['_ITEMSTATUS']._serialized_end=1685
-  _globals['_INPUTKIND']._serialized_start=1688
-  _globals['_INPUTKIND']._serialized_end=1867
+  _globals['_DATATYPE']._serialized_start=2084
+  _globals['_DATATYPE']._serialized_end=2142
+  _globals['_ITEMSTATUS']._serialized_start=2145
+  _globals['_ITEMSTATUS']._serialized_end=2295
+  _globals['_INPUTKIND']._serialized_start=2298
+  _globals['_INPUTKIND']._serialized_end=2477
   _globals['_TENSOR']._serialized_start=66
   _globals['_TENSOR']._serialized_end=154
   _globals['_IMAGEBATCH']._serialized_start=156
@@ -47,20 +47,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCOREREQUEST']._serialized_end=715
   _globals['_SCOREREQUEST_EXPECTEDFINGERPRINTSENTRY']._serialized_start=656
   _globals['_SCOREREQUEST_EXPECTEDFINGERPRINTSENTRY']._serialized_end=715
-  _globals['_SCORERESPONSE']._serialized_start=717
-  _globals['_SCORERESPONSE']._serialized_end=805
-  _globals['_SCORERRESULT']._serialized_start=808
-  _globals['_SCORERRESULT']._serialized_end=998
-  _globals['_COMPONENT']._serialized_start=1000
-  _globals['_COMPONENT']._serialized_end=1041
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=1043
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=1065
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=1068
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=1205
-  _globals['_LIMITS']._serialized_start=1207
-  _globals['_LIMITS']._serialized_end=1273
-  _globals['_SCORERINFO']._serialized_start=1276
-  _globals['_SCORERINFO']._serialized_end=1472
-  _globals['_REWARDSERVICE']._serialized_start=1870
-  _globals['_REWARDSERVICE']._serialized_end=2073
+  _globals['_SCORERESPONSE']._serialized_start=718
+  _globals['_SCORERESPONSE']._serialized_end=871
+  _globals['_TIMING']._serialized_start=873
+  _globals['_TIMING']._serialized_end=940
+  _globals['_SCORERRESULT']._serialized_start=943
+  _globals['_SCORERRESULT']._serialized_end=1133
+  _globals['_COMPONENT']._serialized_start=1135
+  _globals['_COMPONENT']._serialized_end=1176
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=1178
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=1200
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=1203
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=1375
+  _globals['_LIMITS']._serialized_start=1377
+  _globals['_LIMITS']._serialized_end=1468
+  _globals['_SCORERINFO']._serialized_start=1471
+  _globals['_SCORERINFO']._serialized_end=1667
+  _globals['_GETSTATSREQUEST']._serialized_start=1669
+  _globals['_GETSTATSREQUEST']._serialized_end=1686
+  _globals['_GETSTATSRESPONSE']._serialized_start=1689
+  _globals['_GETSTATSRESPONSE']._serialized_end=1930
+  _globals['_SCORERSTATS']._serialized_start=1933
+  _globals['_SCORERSTATS']._serialized_end=2082
+  _globals['_REWARDSERVICE']._serialized_start=2480
+  _globals['_REWARDSERVICE']._serialized_end=2774
 # @@protoc_insertion_point(module_scope)

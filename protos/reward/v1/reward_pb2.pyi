@@ -90,12 +90,26 @@ class ScoreRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., scorers: _Optional[_Iterable[str]] = ..., decoded_images: _Optional[_Union[ImageBatch, _Mapping]] = ..., pasted_images: _Optional[_Union[ImageBatch, _Mapping]] = ..., masks: _Optional[_Union[ImageBatch, _Mapping]] = ..., reference_images: _Optional[_Union[ImageBatch, _Mapping]] = ..., prompts: _Optional[_Iterable[str]] = ..., sample_ids: _Optional[_Iterable[str]] = ..., group_ids: _Optional[_Iterable[str]] = ..., expected_fingerprints: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("request_id", "results")
+    __slots__ = ("request_id", "results", "timing", "server_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     RESULTS_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     results: _containers.RepeatedCompositeFieldContainer[ScorerResult]
-    def __init__(self, request_id: _Optional[str] = ..., results: _Optional[_Iterable[_Union[ScorerResult, _Mapping]]] = ...) -> None: ...
+    timing: Timing
+    server_id: str
+    def __init__(self, request_id: _Optional[str] = ..., results: _Optional[_Iterable[_Union[ScorerResult, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., server_id: _Optional[str] = ...) -> None: ...
+
+class Timing(_message.Message):
+    __slots__ = ("queue_ms", "compute_ms", "batch_items")
+    QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_ITEMS_FIELD_NUMBER: _ClassVar[int]
+    queue_ms: float
+    compute_ms: float
+    batch_items: int
+    def __init__(self, queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., batch_items: _Optional[int] = ...) -> None: ...
 
 class ScorerResult(_message.Message):
     __slots__ = ("scorer", "fingerprint", "scores", "statuses", "messages", "components")
@@ -126,22 +140,28 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "limits", "scorers")
+    __slots__ = ("version", "limits", "scorers", "server_id", "device")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SCORERS_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     version: str
     limits: Limits
     scorers: _containers.RepeatedCompositeFieldContainer[ScorerInfo]
-    def __init__(self, version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., scorers: _Optional[_Iterable[_Union[ScorerInfo, _Mapping]]] = ...) -> None: ...
+    server_id: str
+    device: str
+    def __init__(self, version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., scorers: _Optional[_Iterable[_Union[ScorerInfo, _Mapping]]] = ..., server_id: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_message_bytes", "max_items_per_request")
+    __slots__ = ("max_message_bytes", "max_items_per_request", "max_queue_items")
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_ITEMS_PER_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUE_ITEMS_FIELD_NUMBER: _ClassVar[int]
     max_message_bytes: int
     max_items_per_request: int
-    def __init__(self, max_message_bytes: _Optional[int] = ..., max_items_per_request: _Optional[int] = ...) -> None: ...
+    max_queue_items: int
+    def __init__(self, max_message_bytes: _Optional[int] = ..., max_items_per_request: _Optional[int] = ..., max_queue_items: _Optional[int] = ...) -> None: ...
 
 class ScorerInfo(_message.Message):
     __slots__ = ("name", "fingerprint", "description", "licence", "typical_low", "typical_high", "components", "needs")
@@ -162,3 +182,47 @@ class ScorerInfo(_message.Message):
     components: _containers.RepeatedScalarFieldContainer[str]
     needs: _containers.RepeatedScalarFieldContainer[InputKind]
     def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., description: _Optional[str] = ..., licence: _Optional[str] = ..., typical_low: _Optional[float] = ..., typical_high: _Optional[float] = ..., components: _Optional[_Iterable[str]] = ..., needs: _Optional[_Iterable[_Union[InputKind, str]]] = ...) -> None: ...
+
+class GetStatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatsResponse(_message.Message):
+    __slots__ = ("server_id", "uptime_seconds", "requests_scored", "requests_pushed_back", "requests_refused", "requests_dropped", "queue_items", "scorers")
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_SCORED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_PUSHED_BACK_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_ITEMS_FIELD_NUMBER: _ClassVar[int]
+    SCORERS_FIELD_NUMBER: _ClassVar[int]
+    server_id: str
+    uptime_seconds: float
+    requests_scored: int
+    requests_pushed_back: int
+    requests_refused: int
+    requests_dropped: int
+    queue_items: int
+    scorers: _containers.RepeatedCompositeFieldContainer[ScorerStats]
+    def __init__(self, server_id: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., requests_scored: _Optional[int] = ..., requests_pushed_back: _Optional[int] = ..., requests_refused: _Optional[int] = ..., requests_dropped: _Optional[int] = ..., queue_items: _Optional[int] = ..., scorers: _Optional[_Iterable[_Union[ScorerStats, _Mapping]]] = ...) -> None: ...
+
+class ScorerStats(_message.Message):
+    __slots__ = ("name", "items_scored", "items_failed", "mean", "std", "min", "max", "compute_seconds")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_SCORED_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FAILED_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    STD_FIELD_NUMBER: _ClassVar[int]
+    MIN_FIELD_NUMBER: _ClassVar[int]
+    MAX_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    items_scored: int
+    items_failed: int
+    mean: float
+    std: float
+    min: float
+    max: float
+    compute_seconds: float
+    def __init__(self, name: _Optional[str] = ..., items_scored: _Optional[int] = ..., items_failed: _Optional[int] = ..., mean: _Optional[float] = ..., std: _Optional[float] = ..., min: _Optional[float] = ..., max: _Optional[float] = ..., compute_seconds: _Optional[float] = ...) -> None: ...

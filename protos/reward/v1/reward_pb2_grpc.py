@@ -45,6 +45,11 @@ class RewardServiceStub:
                 request_serializer=ds__inpaint__protos_dot_reward_dot_v1_dot_reward__pb2.GetServerInfoRequest.SerializeToString,
                 response_deserializer=ds__inpaint__protos_dot_reward_dot_v1_dot_reward__pb2.GetServerInfoResponse.FromString,
                 _registered_method=True)
+        self.GetStats = channel.unary_unary(
+                '/ds_inpaint.reward.v1.RewardService/GetStats',
+                request_serializer=ds__inpaint__protos_dot_reward_dot_v1_dot_reward__pb2.GetStatsRequest.SerializeToString,
+                response_deserializer=ds__inpaint__protos_dot_reward_dot_v1_dot_reward__pb2.GetStatsResponse.FromString,
+                _registered_method=True)
 
 
 class RewardServiceServicer:
@@ -56,7 +61,9 @@ class RewardServiceServicer:
 
         Statuses: INVALID_ARGUMENT the request contradicts itself or lacks what a scorer needs; NOT_FOUND the server
         does not offer a scorer; FAILED_PRECONDITION a scorer is not the one the client pinned; RESOURCE_EXHAUSTED
-        with the trailer `grpc-retry-pushback-ms` the server is busy, without it the message is too large.
+        with the trailer `grpc-retry-pushback-ms` the queue is full, without it the message is too large;
+        UNAUTHENTICATED the bearer token is missing or wrong. A call that is cancelled or past its deadline before its
+        turn comes is never computed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -64,6 +71,13 @@ class RewardServiceServicer:
 
     def GetServerInfo(self, request, context):
         """What the server offers and accepts; a client asks once, before it sends images.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStats(self, request, context):
+        """What the server has done since it started.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -81,6 +95,11 @@ def add_RewardServiceServicer_to_server(servicer, server):
                     servicer.GetServerInfo,
                     request_deserializer=ds__inpaint__protos_dot_reward_dot_v1_dot_reward__pb2.GetServerInfoRequest.FromString,
                     response_serializer=ds__inpaint__protos_dot_reward_dot_v1_dot_reward__pb2.GetServerInfoResponse.SerializeToString,
+            ),
+            'GetStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStats,
+                    request_deserializer=ds__inpaint__protos_dot_reward_dot_v1_dot_reward__pb2.GetStatsRequest.FromString,
+                    response_serializer=ds__inpaint__protos_dot_reward_dot_v1_dot_reward__pb2.GetStatsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -138,6 +157,33 @@ class RewardService:
             '/ds_inpaint.reward.v1.RewardService/GetServerInfo',
             ds__inpaint__protos_dot_reward_dot_v1_dot_reward__pb2.GetServerInfoRequest.SerializeToString,
             ds__inpaint__protos_dot_reward_dot_v1_dot_reward__pb2.GetServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ds_inpaint.reward.v1.RewardService/GetStats',
+            ds__inpaint__protos_dot_reward_dot_v1_dot_reward__pb2.GetStatsRequest.SerializeToString,
+            ds__inpaint__protos_dot_reward_dot_v1_dot_reward__pb2.GetStatsResponse.FromString,
             options,
             channel_credentials,
             insecure,
