@@ -115,6 +115,8 @@ class Scored:
     """Quantities [N] computed on the way, for tracking."""
     invalid: Mapping[int, str] = field(default_factory=dict)
     """Items for which the score is not defined, each with the reason as a phrase."""
+    failed: Mapping[int, str] = field(default_factory=dict)
+    """Items that could be scored but were not, for instance since a service did not answer; likewise."""
 
 
 @dataclass(frozen=True)

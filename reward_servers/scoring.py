@@ -1,34 +1,168 @@
-"""Runs one scorer over a batch so that one bad item never costs the others their scores."""
+"""Runs scorers over jobs so that one bad item never costs the others their scores; all of it on the compute thread."""
 
 from __future__ import annotations
 
 import logging
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from ds_inpaint_protos.reward.v1 import reward_pb2
 from torch import Tensor
 
-from reward_servers.scorer import Info, Inputs, Loaded, Scored
+from reward_servers.errors import SetupError
+from reward_servers.jobs import IMAGE_NEEDS, Job, Outcome, join_jobs, join_outcomes
+from reward_servers.scorer import Info, Inputs, Loaded, Need, Scored
 
 log = logging.getLogger(__name__)
 
+MASK_THRESHOLD = 127
+"""A mask value above this marks a pixel to fill."""
 
-def run_scorer(loaded: Loaded, inputs: Inputs) -> reward_pb2.ScorerResult:
+
+@torch.inference_mode()
+def score_jobs(jobs: Sequence[Job], device: torch.device, max_batch_items: int) -> list[Outcome]:
+    """Score the items of jobs of equal kinds.
+
+    Returns:
+        For each scorer, the outcome for the items of all jobs in order.
+    """
+    job = join_jobs(jobs)
+    firsts = range(0, job.count, max_batch_items)
+    slices = [_score_batch(job.rows(first, first + max_batch_items), device) for first in firsts]
+    return [join_outcomes(parts) for parts in zip(*slices, strict=True)]
+
+
+@torch.inference_mode()
+def warm_up(loaded: Loaded, device: torch.device) -> None:
+    """Score a made-up batch, so that models are loaded, and known to work, before anybody depends on them.
+
+    Raises:
+        SetupError: the scorer fails, or an ordinary item gets no finite score.
+    """
+    draw = torch.Generator().manual_seed(0)
+    images = {need: torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8, generator=draw) for need in IMAGE_NEEDS}
+    masks = torch.zeros(2, 64, 64, 1, dtype=torch.uint8)
+    masks[:, 16:48, 16:48] = 255
+    job = Job((loaded,), images | {Need.MASKS: masks}, ("a red chair by the window", "an empty street"))
+    try:
+        outcome = _outcome(loaded, _to_inputs(job, device))
+    except Exception as error:  # whatever goes wrong in a scorer is a reason not to serve it
+        raise SetupError(_cold(loaded, device, f"{type(error).__name__}: {error}")) from error
+    if reward_pb2.ITEM_STATUS_NON_FINITE in outcome.statuses:
+        raise SetupError(_cold(loaded, device, next(filter(None, outcome.messages))))
+
+
+def _cold(loaded: Loaded, device: torch.device, cause: str) -> str:
+    return (
+        f"Scorer {loaded.name} cannot score a made-up batch of 2 images of 64x64 pixels on {device}: {cause}. "
+        "Check its settings and weights, or leave it out."
+    )
+
+
+def _score_batch(job: Job, device: torch.device) -> list[Outcome]:
+    """One outcome per scorer, all of them from the same inputs."""
+    try:
+        inputs = _to_inputs(job, device)
+    except torch.OutOfMemoryError as error:
+        sentence = _sentence(error)
+    else:
+        return [run_scorer(loaded, inputs) for loaded in job.scorers]
+    log.error("%s cannot hold the images of %d item(s): %s", device, job.count, sentence)
+    if job.count == 1:
+        return [_failed(loaded, 1, sentence) for loaded in job.scorers]
+    middle = job.count // 2
+    halves = [_score_batch(half, device) for half in (job.rows(0, middle), job.rows(middle, job.count))]
+    return [join_outcomes(parts) for parts in zip(*halves, strict=True)]
+
+
+def _to_inputs(job: Job, device: torch.device) -> Inputs:
+    """What scorers see: floats on the device, images in [0, 1] and masks thresholded."""
+    tensors = {}
+    for need, image_NHWC in job.images.items():
+        image_NCHW = image_NHWC.to(device).permute(0, 3, 1, 2)
+        values = image_NCHW > MASK_THRESHOLD if need is Need.MASKS else image_NCHW
+        tensors[need] = values.to(torch.float32, memory_format=torch.contiguous_format)
+        if need is not Need.MASKS:
+            tensors[need] /= 255
+    return Inputs(tensors, job.prompts)
+
+
+def run_scorer(loaded: Loaded, inputs: Inputs) -> Outcome:
     """Score every item with one scorer.
 
-    A failed item has NaN for its score and components, a status that says how it failed and a message.
+    A batch that fails is scored again item by item; one too large for the memory, once more in halves. What then
+    still fails has NaN for its score and components, a status that says how it failed, and a message.
     """
+    started = time.perf_counter()
+    outcome = _score(loaded, inputs, first_try=True)
+    return replace(outcome, seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a batch has no scores. Not the exception itself, which would keep the tensors of the failed call alive."""
+
+    sentence: str
+    out_of_memory: bool
+    log_entry: str
+
+
+def _score(loaded: Loaded, inputs: Inputs, first_try: bool) -> Outcome:
+    result = _attempt(loaded, inputs)
+    if isinstance(result, Outcome):
+        return result
+    if first_try:  # or a failure that every item shares would be logged for every item
+        log.error("Scorer %s failed on %d item(s): %s", loaded.name, inputs.count, result.log_entry)
+    if inputs.count == 1 or (result.out_of_memory and not first_try):
+        return _failed(loaded, inputs.count, result.sentence)
+    size = -(-inputs.count // 2) if result.out_of_memory else 1
+    parts = [_rows(inputs, start, start + size) for start in range(0, inputs.count, size)]
+    return join_outcomes([_score(loaded, part, first_try=False) for part in parts])
+
+
+def _attempt(loaded: Loaded, inputs: Inputs) -> Outcome | _Failure:
     try:
-        scored = loaded.scorer.score(inputs)
-        _check(scored, loaded.scorer.info, inputs.count)
-        return _result(loaded, scored)
+        return _outcome(loaded, inputs)
     except Exception as error:  # whatever goes wrong in a scorer becomes the status of an item
-        log.exception("Scorer %s failed on %d item(s).", loaded.name, inputs.count)
-        failure = f"{type(error).__name__}: {error}"[:500]
-    if inputs.count == 1:
-        return _error_result(loaded, failure)
-    # One item can make the whole batch fail; on its own it fails alone.
-    return _concatenate([run_scorer(loaded, inputs.item(i)) for i in range(inputs.count)])
+        # Its message goes to the client alone, since it may quote a prompt.
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        entry = f"{type(error).__name__} at\n{frames}"
+        return _Failure(_sentence(error), isinstance(error, torch.OutOfMemoryError), entry)
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def _rows(inputs: Inputs, start: int, stop: int) -> Inputs:
+    """Some of the items, without what was computed once for all of them."""
+    return Inputs({need: tensor[start:stop] for need, tensor in inputs.tensors.items()}, inputs.prompts[start:stop])
+
+
+def _outcome(loaded: Loaded, inputs: Inputs) -> Outcome:
+    scored = loaded.scorer.score(inputs)
+    _check(scored, loaded.scorer.info, inputs.count)
+    scores = scored.scores_N.float().cpu()
+    statuses = [reward_pb2.ITEM_STATUS_OK] * inputs.count
+    messages = [""] * inputs.count
+    for i in (~scores.isfinite()).nonzero().flatten().tolist():
+        statuses[i], messages[i] = reward_pb2.ITEM_STATUS_NON_FINITE, f"the scorer returned {scores[i].item()}"
+    for reasons, status in (
+        (scored.failed, reward_pb2.ITEM_STATUS_SCORER_ERROR),
+        (scored.invalid, reward_pb2.ITEM_STATUS_INVALID_INPUT),
+    ):
+        for i, reason in reasons.items():
+            statuses[i], messages[i] = status, reason
+    failed_N = torch.tensor([status != reward_pb2.ITEM_STATUS_OK for status in statuses])
+
+    def values(quantity_N: Tensor) -> Tensor:
+        return quantity_N.float().cpu().masked_fill(failed_N, torch.nan)
+
+    components = {name: values(scored.components[name]) for name in loaded.scorer.info.components}
+    return Outcome(values(scores), statuses, messages, components)
 
 
 def _check(scored: Scored, info: Info, count: int) -> None:
@@ -39,54 +173,8 @@ def _check(scored: Scored, info: Info, count: int) -> None:
             raise ValueError(f"{name} has shape {list(values.shape)} for {count} item(s)")
 
 
-def _result(loaded: Loaded, scored: Scored) -> reward_pb2.ScorerResult:
-    scores = scored.scores_N.float().cpu()
-    statuses = [reward_pb2.ITEM_STATUS_OK] * len(scores)
-    messages = [""] * len(scores)
-    for i in (~scores.isfinite()).nonzero().flatten().tolist():
-        statuses[i], messages[i] = (
-            reward_pb2.ITEM_STATUS_NON_FINITE,
-            f"the scorer returned {scores[i].item()}",
-        )
-    for i, reason in scored.invalid.items():
-        statuses[i], messages[i] = reward_pb2.ITEM_STATUS_INVALID_INPUT, reason
-    failed_N = torch.tensor([status != reward_pb2.ITEM_STATUS_OK for status in statuses])
-
-    def values(quantity_N: Tensor) -> list[float]:
-        return quantity_N.float().cpu().masked_fill(failed_N, torch.nan).tolist()
-
-    return reward_pb2.ScorerResult(
-        scorer=loaded.name,
-        fingerprint=loaded.fingerprint,
-        scores=values(scores),
-        statuses=statuses,
-        messages=messages,
-        components=[
-            reward_pb2.Component(name=name, values=values(scored.components[name]))
-            for name in loaded.scorer.info.components
-        ],
-    )
-
-
-def _error_result(loaded: Loaded, message: str) -> reward_pb2.ScorerResult:
-    """The result of one item on which the scorer failed."""
-    names = loaded.scorer.info.components
-    return reward_pb2.ScorerResult(
-        scorer=loaded.name,
-        fingerprint=loaded.fingerprint,
-        scores=[torch.nan],
-        statuses=[reward_pb2.ITEM_STATUS_SCORER_ERROR],
-        messages=[message],
-        components=[reward_pb2.Component(name=name, values=[torch.nan]) for name in names],
-    )
-
-
-def _concatenate(parts: list[reward_pb2.ScorerResult]) -> reward_pb2.ScorerResult:
-    whole = parts[0]
-    for part in parts[1:]:
-        whole.scores.extend(part.scores)
-        whole.statuses.extend(part.statuses)
-        whole.messages.extend(part.messages)
-        for component, more in zip(whole.components, part.components, strict=True):
-            component.values.extend(more.values)
-    return whole
+def _failed(loaded: Loaded, count: int, message: str) -> Outcome:
+    """The outcome for items on which the scorer failed."""
+    nan_N = torch.full((count,), torch.nan)
+    statuses = [reward_pb2.ITEM_STATUS_SCORER_ERROR] * count
+    return Outcome(nan_N, statuses, [message] * count, dict.fromkeys(loaded.scorer.info.components, nan_N))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import pytest
 import torch
-from reward_helpers import FAULTY_SCORER, random_samples
+from reward_helpers import FAULTY_SCORER, random_samples, server_process
 
 from ds_inpaint.embedded_server import EmbeddedServer
 from ds_inpaint.errors import InputError
@@ -20,32 +21,11 @@ from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rewards import Rewards
 from reward_servers.__main__ import main
 
-COMMAND = (sys.executable, "-m", "reward_servers")
-
-
-@contextmanager
-def server_process(*arguments):
-    """A reward server that has said where it serves, as (process, address)."""
-    process = subprocess.Popen(
-        [*COMMAND, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        word, address = process.stdout.readline().split()
-        assert word == "serving"
-        yield process, address
-    finally:
-        process.kill()
-        process.communicate()
-
 
 def test_a_server_may_be_killed_and_started_again_and_finishes_when_told_to_stop(tmp_path):
     (tmp_path / "faulty.py").write_text(FAULTY_SCORER)
-    command = ("faulty", "seam", "--scorers-from", str(tmp_path), "--set", "faulty.slow_seconds=0.5")
-    recipe = Rewards({"seam": 1.0, "faulty": 0.1}, retry_seconds=60)
+    command = ("faulty", "edge=seam", "--scorers-from", str(tmp_path), "--set", "faulty.slow_seconds=0.5", "--log-json")
+    recipe = Rewards({"edge": 1.0, "faulty": 0.1}, retry_seconds=60)
     samples = random_samples(4)
     with ExitStack() as stack:
         first, address = stack.enter_context(server_process(*command, "--port", "0"))
@@ -53,7 +33,7 @@ def test_a_server_may_be_killed_and_started_again_and_finishes_when_told_to_stop
         before = client.collect(client.submit(**samples)).combined_N(client.recipe.scorers)
         first.kill()
         pending = client.submit(**samples)
-        second, _ = stack.enter_context(server_process(*command, "--port", address.split(":")[1]))
+        second, _ = stack.enter_context(server_process(*command, "--port", address.split(":")[1], log=tmp_path / "log"))
         after = client.collect(pending).combined_N(client.recipe.scorers)
         torch.testing.assert_close(before, after, rtol=0, atol=0)
         assert not before.isnan().any()
@@ -62,36 +42,46 @@ def test_a_server_may_be_killed_and_started_again_and_finishes_when_told_to_stop
         time.sleep(0.2)
         second.send_signal(signal.SIGTERM)
         assert client.collect(pending).valid_N.all()
-        rest, log = second.communicate(timeout=20)
+        rest, _ = second.communicate(timeout=20)
+    log = (tmp_path / "log").read_text()
     assert rest == ""  # the address is all that it ever prints
     assert second.returncode == 0
-    assert "Draining" in log
+    records = [json.loads(line) for line in log.splitlines()]
+    assert [record["message"] for record in records if "Draining" in record["message"]] == ["Draining for up to 10 s."]
+    assert all(record.keys() >= {"time", "level", "logger"} for record in records)
+    assert not any(prompt in log for prompt in ("slow", *samples["prompts"]))
+
+
+STOPPED_WHILE_IT_WARMS_UP = FAULTY_SCORER.replace(
+    "prompts_seen.extend(inputs.prompts)", "import os, signal; os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.5)"
+)
+
+
+def test_a_server_may_be_told_to_stop_before_it_serves(tmp_path, capsys):
+    (tmp_path / "faulty.py").write_text(STOPPED_WHILE_IT_WARMS_UP)
+    assert main(["faulty", "--scorers-from", str(tmp_path), "--port", "0"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("seem",), "There is no scorer 'seem'. Did you mean 'seam'?"),
-        (("seam", "--host", "0.0.0.0"), "--insecure"),
-        (("seam", "--set", "sean.near_px=4"), "must read SCORER.KEY=VALUE, with a scorer among seam"),
-        (("seam", "seam"), "named twice"),
+        ("seem", "There is no scorer 'seem'. Did you mean 'seam'?"),
+        ("edge=seem", "There is no scorer 'seem'. Did you mean 'seam'?"),
+        ("edge=seam --set edge.near=4", "Scorer edge has no setting 'near'. Did you mean 'near_px'?"),
+        ("seam --host 0.0.0.0", "--insecure"),
+        ("seam --device cuda:99", "asks for a GPU that is not there"),
+        ("seam --tls-key server.key", "TLS needs both --tls-certificate and --tls-key"),
+        ("seam --port {taken}", "cannot listen on 127.0.0.1:{taken}: another server has that port"),
+        ("seam --metrics-port {taken}", "--metrics-port {taken} cannot be listened on at 127.0.0.1"),
     ],
 )
-def test_command_line_mistakes_are_told_in_a_sentence(arguments, words, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["reward_servers", *arguments, "--port", "0"])
-    assert main() == 2
-    printed = capsys.readouterr()
-    assert words in printed.err
-    assert printed.out == ""
-
-
-def test_command_refuses_a_port_that_is_taken(capsys, monkeypatch):
+def test_a_server_that_cannot_start_says_why(arguments, words, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
-        port = str(other.getsockname()[1])
-        monkeypatch.setattr(sys, "argv", ["reward_servers", "seam", "--port", port])
-        assert main() == 2
+        taken = other.getsockname()[1]
+        assert main(["--port", "0", *arguments.format(taken=taken).split()]) == 2
     printed = capsys.readouterr()
-    assert f"cannot listen on 127.0.0.1:{port}: another server has that port" in printed.err
+    assert words.format(taken=taken) in printed.err
     assert printed.out == ""
 
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
+import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 import torch
 from ds_inpaint_protos.reward.v1 import reward_pb2, reward_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from reward_helpers import FAULTY_SCORER, Servers, random_samples, wire_tensor
+from reward_helpers import FAULTY_SCORER, Servers, hostile_requests, random_samples, score_request, wire_tensor
 
 from reward_servers.errors import SetupError
+from reward_servers.limits import Limits
 from reward_servers.loading import load
 from reward_servers.scorer import Inputs, Need
 from reward_servers.server import SERVICE_NAME
-from reward_servers.service import Limits
 
 OK = reward_pb2.ITEM_STATUS_OK
-LIMITS = Limits(max_message_bytes=1 << 20, max_items_per_request=8)
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+LIMITS = Limits(max_message_bytes=1 << 20, max_items_per_request=8, max_pixels_per_image=64 * 64, max_prompt_bytes=99)
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +46,12 @@ def stub(server):
         yield reward_pb2_grpc.RewardServiceStub(channel)
 
 
-def request_for(*scorers, count=3, prompts=None):
-    samples = random_samples(count)
-    return reward_pb2.ScoreRequest(
-        request_id="a request",
-        scorers=scorers,
-        decoded_images=wire_tensor(samples["raw_NHWC"]),
-        pasted_images=wire_tensor(samples["pasted_NHWC"]),
-        masks=wire_tensor(samples["masks_NHW"]),
-        reference_images=wire_tensor(samples["references_NHWC"]),
-        prompts=prompts or samples["prompts"],
-    )
-
-
 def test_scores_are_those_of_the_scorers(stub):
     samples = random_samples(3)
     fields = {"raw": Need.DECODED_IMAGES, "pasted": Need.PASTED_IMAGES, "references": Need.REFERENCE_IMAGES}
     images = {need: samples[f"{name}_NHWC"].movedim(-1, 1) / 255 for name, need in fields.items()}
     inputs = Inputs({**images, Need.MASKS: (samples["masks_NHW"][:, None] > 127).float()})
-    response = stub.Score(request_for("known_fidelity", "seam"))
+    response = stub.Score(score_request("known_fidelity", "seam"))
     assert response.request_id == "a request"
     assert [result.scorer for result in response.results] == ["known_fidelity", "seam"]
     for result in response.results:
@@ -75,9 +65,17 @@ def test_scores_are_those_of_the_scorers(stub):
 
 
 def test_info_says_what_is_offered_and_accepted(stub):
+    assert set(reward_pb2.DESCRIPTOR.services_by_name["RewardService"].methods_by_name) == {
+        "Score",
+        "GetServerInfo",
+        "GetStats",
+    }
     info = stub.GetServerInfo(reward_pb2.GetServerInfoRequest())
     assert info.limits.max_message_bytes == LIMITS.max_message_bytes
     assert info.limits.max_items_per_request == LIMITS.max_items_per_request
+    assert info.limits.max_queue_items == LIMITS.max_queue_items
+    assert info.device == "cpu"
+    assert info.server_id == stub.Score(score_request("seam")).server_id != ""
     seam, fidelity, _ = info.scorers
     assert (seam.name, seam.licence, list(seam.components)) == ("seam", "Apache-2.0", ["across", "near"])
     assert list(seam.needs) == [reward_pb2.INPUT_KIND_PASTED_IMAGES, reward_pb2.INPUT_KIND_MASKS]
@@ -86,7 +84,7 @@ def test_info_says_what_is_offered_and_accepted(stub):
 
 
 def test_masks_may_have_a_channel_axis_and_stray_values(stub):
-    request = request_for("seam")
+    request = score_request("seam")
     expected = list(stub.Score(request).results[0].scores)
     masks = random_samples(3)["masks_NHW"]
     request.masks.CopyFrom(wire_tensor(torch.where(masks > 0, 128, 127).to(torch.uint8)[..., None]))
@@ -103,7 +101,7 @@ def test_masks_may_have_a_channel_axis_and_stray_values(stub):
     ],
 )
 def test_one_bad_item_costs_no_other_its_score(stub, bad, status, words):
-    (result,) = stub.Score(request_for("faulty", prompts=["good", bad, "good"])).results
+    (result,) = stub.Score(score_request("faulty", prompts=["good", bad, "good"])).results
     assert [reward_pb2.ItemStatus.Name(s) for s in result.statuses] == [
         "ITEM_STATUS_OK",
         f"ITEM_STATUS_{status}",
@@ -117,7 +115,7 @@ def test_one_bad_item_costs_no_other_its_score(stub, bad, status, words):
 
 
 def test_an_item_the_score_is_not_defined_for_is_invalid_input(stub):
-    request = request_for("seam", "known_fidelity")
+    request = score_request("seam", "known_fidelity")
     masks = random_samples(3)["masks_NHW"]
     masks[1] = 0
     request.masks.CopyFrom(wire_tensor(masks))
@@ -154,7 +152,19 @@ def spoil(request, how):
         case "prompts":
             request.prompts.pop()
         case "too many":
-            request.CopyFrom(request_for("seam", count=9))
+            request.CopyFrom(score_request("seam", count=9))
+        case "too many pixels":
+            dots = torch.zeros(3, 32, 129, 3, dtype=torch.uint8)
+            request.pasted_images.CopyFrom(wire_tensor(dots))
+            request.masks.CopyFrom(wire_tensor(dots[..., 0]))
+            request.ClearField("decoded_images")
+            request.ClearField("reference_images")
+        case "long prompt":
+            request.prompts[1] = 34 * "\u20ac"
+        case "no scorers":
+            del request.scorers[:]
+        case "twice":
+            request.scorers.append("seam")
         case "unknown scorer":
             request.scorers.append("seem")
         case "fingerprint":
@@ -179,12 +189,16 @@ def spoil(request, how):
         ("no images", "INVALID_ARGUMENT", "holds no images"),
         ("prompts", "INVALID_ARGUMENT", "prompts has 2 entries for 3 items"),
         ("too many", "INVALID_ARGUMENT", "holds 9 items; this server takes up to 8"),
+        ("too many pixels", "INVALID_ARGUMENT", "have 32x129 pixels; this server takes up to 4096 each"),
+        ("long prompt", "INVALID_ARGUMENT", "Prompt 1 has 102 bytes; this server takes up to 99"),
+        ("no scorers", "INVALID_ARGUMENT", "names no scorer. This server offers seam, known_fidelity"),
+        ("twice", "INVALID_ARGUMENT", "names a scorer twice"),
         ("unknown scorer", "NOT_FOUND", "does not offer scorer 'seem'. Did you mean 'seam'?"),
         ("fingerprint", "FAILED_PRECONDITION", "not the expected 0123456789ab"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_with_a_sentence(stub, how, code, words):
-    request = request_for("seam")
+    request = score_request("seam")
     spoil(request, how)
     with pytest.raises(grpc.RpcError) as caught:
         stub.Score(request)
@@ -192,8 +206,42 @@ def test_a_request_that_makes_no_sense_is_refused_with_a_sentence(stub, how, cod
     assert words in caught.value.details()
 
 
+def test_hostile_requests_get_a_clear_status_and_change_nothing(servers, server, stub):
+    good = score_request("seam")
+    expected = list(stub.Score(good).results[0].scores)
+    refused = stub.GetStats(reward_pb2.GetStatsRequest()).requests_refused
+    codes = set()
+    with grpc.insecure_channel(server.address) as channel:
+        send = channel.unary_unary(f"/{SERVICE_NAME}/Score")
+        for message in hostile_requests(300, seed=0):
+            with pytest.raises(grpc.RpcError) as caught:
+                send(message, timeout=10)
+            assert len(caught.value.details()) < 500
+            codes.add(caught.value.code().name)
+    assert codes == {"INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION"}
+    assert stub.GetStats(reward_pb2.GetStatsRequest()).requests_refused == refused + 300
+    assert list(stub.Score(good).results[0].scores) == expected
+
+
+def test_the_log_has_a_line_for_what_failed_and_never_a_prompt(stub, caplog):
+    request = score_request("faulty", prompts=["a secret", "quote", "nan"])
+    request.request_id = "line\nbreak" + 1000 * "x"
+    stub.Score(request)
+    request.scorers.append("nothing")
+    with pytest.raises(grpc.RpcError):
+        stub.Score(request)
+    scorer, failed, refused = [r.getMessage() for r in caplog.records if r.name.startswith("reward_servers")]
+    assert "Scorer faulty failed on 3 item(s): ValueError at" in scorer
+    assert "'faulty': '2 of 3'" in failed
+    assert "code=NOT_FOUND reason=This server does not offer scorer 'nothing'." in refused
+    for line in (failed, refused):
+        assert "request_id='line\\nbreakxxx" in line
+        assert len(line) < 400
+    assert "a secret" not in caplog.text
+
+
 def test_a_message_over_the_limit_is_refused_without_the_word_to_come_back(server):
-    request = request_for("seam", count=8)
+    request = score_request("seam", count=8)
     request.prompts.append("x" * LIMITS.max_message_bytes)
     with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
         reward_pb2_grpc.RewardServiceStub(channel).Score(request)
@@ -202,13 +250,13 @@ def test_a_message_over_the_limit_is_refused_without_the_word_to_come_back(serve
 
 
 def test_a_request_past_its_deadline_is_never_computed(stub):
-    busy = stub.Score.future(request_for("faulty", count=1, prompts=["slow"]))
+    busy = stub.Score.future(score_request("faulty", count=1, prompts=["slow"]))
     time.sleep(0.1)
     with pytest.raises(grpc.RpcError) as caught:
-        stub.Score(request_for("faulty", count=1, prompts=["late"]), timeout=0.1)
+        stub.Score(score_request("faulty", count=1, prompts=["late"]), timeout=0.1)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert list(busy.result().results[0].statuses) == [OK]
-    stub.Score(request_for("faulty", count=1, prompts=["after"]))
+    stub.Score(score_request("faulty", count=1, prompts=["after"]))
     seen = sys.modules["reward_servers.scorers.faulty"].prompts_seen
     assert "late" not in seen
     assert seen[-1] == "after"
@@ -221,17 +269,84 @@ def test_draining_finishes_what_was_begun_and_says_so(servers, tmp_path):
         health = health_pb2_grpc.HealthStub(channel)
         for name in ("", SERVICE_NAME, "scorer/faulty"):
             status = health.Check(health_pb2.HealthCheckRequest(service=name)).status
-            assert status == health_pb2.HealthCheckResponse.SERVING
+            assert status == SERVING
         watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
-        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-        request = request_for("faulty", count=1, prompts=["slow"])
+        assert next(watch).status == SERVING
+        request = score_request("faulty", count=1, prompts=["slow"])
         busy = reward_pb2_grpc.RewardServiceStub(channel).Score.future(request)
         time.sleep(0.1)
-        servers.stop(server, grace_seconds=1)
-        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        started = time.monotonic()
+        servers.stop(server, grace_seconds=15)
+        assert time.monotonic() - started < 5  # though a call that watches is still open
+        assert next(watch).status == NOT_SERVING
         assert list(busy.result().results[0].statuses) == [OK]
 
 
 def test_a_second_server_on_the_port_cannot_start(servers, server):
     with pytest.raises(SetupError, match="another server has that port"):
         servers.start(["seam"], port=int(server.address.rsplit(":")[1]))
+
+
+WAKING_SCORER = """
+import threading
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from reward_servers.scorer import Info, Inputs, Need, Scored
+
+wake = threading.Event()
+
+
+@dataclass(frozen=True)
+class Scorer:
+    fails_with: str = ""
+    info: ClassVar[Info] = Info("Takes its time to warm up.", (Need.MASKS,), (0, 1), "none")
+
+    def score(self, inputs: Inputs) -> Scored:
+        if self.fails_with == "nan":
+            return Scored(torch.full((inputs.count,), torch.nan))
+        if self.fails_with:
+            raise RuntimeError(self.fails_with)
+        assert wake.wait(10)
+        return Scored(inputs.masks_N1HW.mean((1, 2, 3)))
+"""
+
+
+def test_a_scorer_is_served_from_its_own_warm_up_on(servers, tmp_path):
+    (tmp_path / "waking.py").write_text(WAKING_SCORER)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+    with ThreadPoolExecutor() as pool, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        starting = pool.submit(servers.start, ["seam", "waking"], port=port, folder=tmp_path)
+        stub, health = reward_pb2_grpc.RewardServiceStub(channel), health_pb2_grpc.HealthStub(channel)
+        names = ("scorer/seam", "scorer/waking", SERVICE_NAME, "")
+
+        def statuses():
+            checks = [health_pb2.HealthCheckRequest(service=name) for name in names]
+            return [health.Check(check, wait_for_ready=True, timeout=10).status for check in checks]
+
+        while statuses()[0] != SERVING:
+            assert not starting.done()
+        assert statuses() == [SERVING, NOT_SERVING, NOT_SERVING, NOT_SERVING]
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Score(score_request("seam", "waking"))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "Scorer waking is still warming up" in caught.value.details()
+        sys.modules["reward_servers.scorers.waking"].wake.set()
+        starting.result(timeout=10)
+        assert statuses() == [SERVING] * 4
+        assert list(stub.Score(score_request("seam", "waking")).results[1].statuses) == [OK] * 3
+
+
+@pytest.mark.parametrize(
+    ("fails_with", "words"),
+    [("no such file", "on cpu: RuntimeError: no such file"), ("nan", "the scorer returned nan")],
+)
+def test_a_scorer_that_cannot_warm_up_keeps_the_server_from_starting(servers, tmp_path, fails_with, words):
+    (tmp_path / "waking.py").write_text(WAKING_SCORER)
+    with pytest.raises(SetupError, match="Scorer waking cannot score a made-up batch") as caught:
+        servers.start(["waking"], folder=tmp_path, settings={"fails_with": fails_with})
+    assert words in str(caught.value)
+    assert "Check its settings and weights" in str(caught.value)
