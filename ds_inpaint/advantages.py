@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What rewards say about the N samples of an iteration."""
+
+    utilities_N: Tensor
+    """float32, what is learned from: higher is better, and only members of a group compare. NaN where not valid."""
+    valid_N: Tensor
+    """bool, True where every scorer that is rewarded or guards gave a score."""
+    vetoed_N: Tensor
+    """bool, True where a guard forbids that a valid sample is reinforced."""
 
 
 @dataclass(frozen=True)
@@ -44,30 +55,23 @@ def group_statistics(rewards_N: Tensor, valid_N: Tensor, group_size: int) -> Gro
     return Groups(centred_BG, std_B1, valid_BG & enough_B1)
 
 
-def group_relative(
-    rewards: Sequence[tuple[float, Tensor]], valid_N: Tensor, group_size: int, spread: str, eps: float, bound: float
-) -> Advantages:
-    """Sum of weight * (reward - group mean) / (spread + eps) over the rewards, clamped to +-bound.
+def group_relative(judgement: Judgement, group_size: int, spread: str, eps: float, bound: float) -> Advantages:
+    """(utility - group mean) / (spread + eps), clamped to +-bound, and to at most 0 where vetoed.
 
     Args:
-        rewards: (weight, rewards_N) of each reward that is normalised by itself. One, the weighted sum of all
-            scorers, is GRPO (2402.03300); one for each scorer is MixGRPO's form (2507.21802), in which a
-            scorer's say does not grow with its spread.
-        valid_N: samples that have all rewards.
+        judgement: of B * group_size samples, groups one after the other.
         group_size: samples per group.
-        spread: ``group``: unbiased std inside the group. ``batch``: that of the centred rewards of all groups,
-            which does not blow up groups of nearly equal rewards. ``none``: 1 (Dr. GRPO, 2503.20783); eps is not
-            added.
-        eps: in reward units.
-        bound: in stds, or reward units without them.
+        spread: ``group``: unbiased std inside the group (GRPO, 2402.03300). ``batch``: that of the centred
+            utilities of all groups, which does not blow up groups of nearly equal ones. ``none``: 1 (Dr. GRPO,
+            2503.20783); eps is not added.
+        eps: in the units of the utilities.
+        bound: in stds, or units of the utilities without them.
     """
-    total_BG = torch.zeros(len(valid_N) // group_size, group_size, dtype=torch.float64)
-    for weight, rewards_N in rewards:
-        groups = group_statistics(rewards_N, valid_N, group_size)
-        total_BG += weight * groups.centred_BG / _scale(groups, spread, eps)
+    groups = group_statistics(judgement.utilities_N, judgement.valid_N, group_size)
     weights_BG = groups.takes_part_BG.float()
-    advantages_BG = total_BG.clamp(-bound, bound) * weights_BG
-    return Advantages(advantages_BG.float().view(-1), weights_BG.view(-1))
+    relative_BG = (groups.centred_BG / _scale(groups, spread, eps)).clamp(-bound, bound) * weights_BG
+    advantages_N = relative_BG.float().view(-1)
+    return Advantages(torch.where(judgement.vetoed_N, advantages_N.clamp(max=0), advantages_N), weights_BG.view(-1))
 
 
 def _scale(groups: Groups, spread: str, eps: float) -> Tensor:
@@ -84,9 +88,13 @@ def mask_size(area: float) -> str:
     return "small" if area < 0.1 else "large" if area >= 0.3 else "medium"
 
 
-def group_metrics(rewards_N: Tensor, valid_N: Tensor, areas_N: Tensor, group_size: int) -> dict[str, float]:
-    """Reward and its spread inside groups, over all of them and by the size of their masks."""
-    groups = group_statistics(rewards_N, valid_N, group_size)
+def group_metrics(rewards_N: Tensor, judgement: Judgement, areas_N: Tensor, group_size: int) -> dict[str, float]:
+    """Raw reward and its spread inside groups, over all of them and by the size of their masks; vetoes and silence.
+
+    A group is silent when its utilities are all equal, and so teaches nothing.
+    """
+    valid_N = judgement.valid_N
+    groups, learned = (group_statistics(each, valid_N, group_size) for each in (rewards_N, judgement.utilities_N))
     judged_B = groups.takes_part_BG.any(1)
     sizes = [mask_size(area) for area in areas_N.view(-1, group_size)[:, 0].tolist()]
     metrics = {
@@ -94,7 +102,8 @@ def group_metrics(rewards_N: Tensor, valid_N: Tensor, areas_N: Tensor, group_siz
         "reward/std": float(rewards_N[valid_N].std()),
         "reward/invalid_fraction": float((~valid_N).float().mean()),
         "reward/group_std": float(groups.std_B1[judged_B].mean()),
-        "reward/silent_groups": float((groups.std_B1[judged_B] == 0).double().mean()),
+        "reward/silent_groups": float((learned.std_B1[judged_B] == 0).double().mean()),
+        "reward/vetoed_fraction": float(judgement.vetoed_N.float().mean()),
     }
     for size in sorted(set(sizes)):
         of_size_B = judged_B & torch.tensor([other == size for other in sizes])

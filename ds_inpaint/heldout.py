@@ -63,9 +63,10 @@ class HeldOut:
 
 
 def mean_and_error(values_N: Tensor) -> tuple[float, float]:
-    """Mean and its standard error over the finite values."""
+    """Mean and its standard error over the finite values; NaN where there are too few of them."""
     finite = values_N[values_N.isfinite()]
-    return float(finite.mean()), float(finite.std() / math.sqrt(len(finite)))
+    error = float(finite.std() / math.sqrt(len(finite))) if len(finite) > 1 else math.nan
+    return float(finite.mean()), error
 
 
 def evaluate(
@@ -90,7 +91,7 @@ def evaluate(
     prepared = rollout.prepare(triples, 1, [mine])
     rollouts = rollout.run(prepared, rewards, purpose="heldout", iteration=0)
     losses_N = denoising_losses(prepared, rollout, len(triples))
-    rewards_N = rollouts.scores.combined_N(rewards.recipe.scorers)
+    rewards_N = rollouts.scores.combined_N(rewards.recipe.weights)
     shown = range(0, len(triples), math.ceil(len(triples) / recipe.pictures))
     drawn = {
         number: picture.cpu()

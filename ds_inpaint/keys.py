@@ -64,7 +64,7 @@ def key(
     return field(default=default, metadata=metadata)
 
 
-def door(package: str, doc: str, *, optional: bool = False) -> Any:
+def door(package: str, doc: str, *, optional: bool = False, default: type | None = None) -> Any:
     """Declare a section whose ``name`` key chooses a file of a folder.
 
     ``name: flow_sde`` takes module ``flow_sde`` of ``package``, and in it the dataclass spelled like the file
@@ -75,6 +75,9 @@ def door(package: str, doc: str, *, optional: bool = False) -> Any:
         package: the folder, for example ``"ds_inpaint.algorithms"``.
         doc: one line saying what is being chosen.
         optional: whether the section may be left out, or null, and then is ``None``.
+        default: class of the folder that is meant when the section is left out.
     """
     metadata = {"doc": doc, "door": package}
+    if default is not None:
+        return field(default_factory=default, metadata=metadata)
     return field(default=None, metadata=metadata) if optional else field(metadata=metadata)

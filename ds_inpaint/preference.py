@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ds_inpaint.advantages import group_statistics
+from ds_inpaint.advantages import Judgement, group_statistics
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,21 @@ class Preferences:
     """float32; 1 for a preference, 0 where the group is too equal or too thin to hold one."""
 
 
-def best_and_worst(rewards_N: Tensor, valid_N: Tensor, group_size: int, least_spread: float) -> Preferences:
-    """Pick a pair from each group, the first of several equals.
+def best_and_worst(judgement: Judgement, group_size: int, least_spread: float) -> Preferences:
+    """Pick a pair from each group, the first of several equals; a vetoed sample may be the worst, never the best.
 
-    A group holds a preference if it has two valid samples or more and the unbiased standard deviation of their
-    rewards is above ``least_spread``, so that equal rewards never make an arbitrary pair. ``rewards_N`` may hold
-    anything where ``valid_N`` is False; a NaN elsewhere leaves its group without weight.
+    A group holds a preference if the best has a higher utility than the worst and the unbiased standard deviation
+    of all its valid ones is above ``least_spread``, so that equal utilities never make an arbitrary pair. Utilities
+    may be anything where ``valid_N`` is False; a NaN elsewhere leaves its group without weight.
     """
-    valid_BG, rewards_BG = valid_N.view(-1, group_size), rewards_N.view(-1, group_size)
-    first_B = torch.arange(0, len(rewards_N), group_size, device=rewards_N.device)
-    return Preferences(
-        first_B + torch.where(valid_BG, rewards_BG, -torch.inf).argmax(1),
-        first_B + torch.where(valid_BG, rewards_BG, torch.inf).argmin(1),
-        (group_statistics(rewards_N, valid_N, group_size).std_B1 > least_spread).float().view(-1),
-    )
+    utilities_N, valid_N = judgement.utilities_N, judgement.valid_N
+    may_win_N = valid_N & ~judgement.vetoed_N
+    first_B = torch.arange(0, len(utilities_N), group_size, device=utilities_N.device)
+    best_B = first_B + torch.where(may_win_N, utilities_N, -torch.inf).view(-1, group_size).argmax(1)
+    worst_B = first_B + torch.where(valid_N, utilities_N, torch.inf).view(-1, group_size).argmin(1)
+    differs_B = may_win_N[best_B] & (utilities_N[best_B] > utilities_N[worst_B])
+    spread_B = group_statistics(utilities_N, valid_N, group_size).std_B1.view(-1) > least_spread
+    return Preferences(best_B, worst_B, (differs_B & spread_B).float())
 
 
 def preference_margin_N(

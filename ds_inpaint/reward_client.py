@@ -1,104 +1,93 @@
-"""The trainer's connection to reward servers: asks for scores, splits, retries, and never invents a score."""
+"""The trainer's connection to its reward servers: asks for scores and never invents one."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
-import random
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
-import grpc
 import torch
-from ds_inpaint_protos.reward.v1 import reward_pb2, reward_pb2_grpc
+from ds_inpaint_protos.reward.v1 import reward_pb2
 from torch import Tensor
 
 from ds_inpaint.errors import InputError, RewardsUnavailable
-from ds_inpaint.reward_wire import Items, Offer, agree, read_response, write_request
+from ds_inpaint.reward_channel import Endpoint, Security
+from ds_inpaint.reward_failover import Server, Servers
+from ds_inpaint.reward_lane import Lane, Room
+from ds_inpaint.reward_routes import Route, changed_scorers, plan_routes
+from ds_inpaint.reward_traffic import Traffic, TrafficMeter
+from ds_inpaint.reward_wire import Items
 from ds_inpaint.rewards import Rewards
 from ds_inpaint.scores import Scores, concatenate
 
 log = logging.getLogger(__name__)
 
-REQUESTS_IN_FLIGHT = 4
-"""Requests that one client has under way; more only queue in the server."""
-
-MAX_RESPONSE_BYTES = 256 << 20
+PENDING_BYTES = 512 << 20
+"""Pixels that one client keeps in memory for requests that are not answered yet; beyond it, ``submit`` waits."""
 
 REASONS_TOLD = 5
 """How many of the reasons for missing scores an error repeats."""
-
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
-
-AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
-    # Reward servers stand in the job's own network; a proxy for the web must not come between.
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    # A server that comes back is used within a second; by default it may take two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-    # In spite of its name also the time that one attempt to connect may take.
-    ("grpc.min_reconnect_backoff_ms", 5_000),
-)
-
-
-@dataclass(frozen=True)
-class _Endpoint:
-    address: str
-    channel: grpc.Channel
-    stub: reward_pb2_grpc.RewardServiceStub
-    away: threading.Event
-    """Set while it does not answer, so that one absence is told once."""
 
 
 @dataclass(frozen=True)
 class Pending:
     """Samples that are being scored; hand it to ``RewardClient.collect``."""
 
-    parts: tuple[Future[Scores], ...]
+    routes: tuple[tuple[Future[Scores], ...], ...]
+    """For each route its requests, in the order of the samples."""
 
 
 class RewardClient:
-    """A connection to reward servers, for use by the process and the thread that made it.
+    """A connection to reward servers, for use by the process that made it.
 
         with RewardClient.connect(rewards, ["127.0.0.1:50051"]) as client:
             pending = client.submit(...)
             scores = client.collect(pending)
 
-    Requests go to the servers in turn, and to the next one when a server cannot answer. Make it after the
-    last fork of this process: a forked copy of a gRPC channel hangs.
+    Each server may offer any of the scorers. The process may fork at any time, as a data loader does, but a fork
+    cannot use the client: a copy of a gRPC channel hangs. Leave GRPC_ENABLE_FORK_SUPPORT unset or 0; with 1, a process
+    that forks while it waits for scores hangs itself.
     """
 
-    def __init__(self, rewards: Rewards, addresses: Sequence[str], offer: Offer) -> None:
+    def __init__(self, rewards: Rewards, servers: Servers, routes: Sequence[Route], meter: TrafficMeter) -> None:
         """Use ``connect``."""
         self._rewards = rewards
-        self._offer = offer
-        self._endpoints = [_open(address) for address in addresses]
-        self._turn = itertools.count()
-        self._closed = threading.Event()
-        self._pool = ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="rewards")
+        self._servers = servers
+        self._meter = meter
+        room = Room(PENDING_BYTES)
+        self._lanes = [Lane(route, rewards, servers, meter, room) for route in routes]
         self._pid = os.getpid()
 
     @classmethod
     def connect(cls, rewards: Rewards, addresses: Sequence[str]) -> RewardClient:
-        """Wait for every server and check that it offers what the recipe asks for.
+        """Wait for every server and find out which of them to ask for which scorer.
 
         Raises:
-            InputError: a server does not offer a scorer, or the servers' versions of one differ.
-            RewardsUnavailable: a server did not answer within ``retry_seconds``.
+            InputError: no server offers a scorer, the servers' versions of one differ, or a file with certificates
+                or the token cannot be used.
+            RewardsUnavailable: a server did not answer within ``retry_seconds``, or refused.
         """
-        infos = {address: _ask(address, rewards) for address in addresses}
-        return cls(rewards, addresses, agree(list(rewards.scorers), infos))
+        meter, security = TrafficMeter(), Security.read(rewards)
+        servers = Servers([Endpoint(address, security) for address in dict.fromkeys(addresses)], meter)
+
+        def ask(server: Server) -> reward_pb2.GetServerInfoResponse:
+            return servers.call(
+                [server], lambda endpoint: endpoint.info(rewards.timeout_seconds), rewards.retry_seconds
+            )[1]
+
+        try:
+            with ThreadPoolExecutor(len(servers.all)) as pool:
+                infos = list(pool.map(ask, servers.all))
+            by_address = {server.endpoint.address: info for server, info in zip(servers.all, infos, strict=True)}
+            routes = plan_routes(rewards.names, by_address)
+        except BaseException:
+            servers.close()
+            raise
+        meter.read()
+        return cls(rewards, servers, routes, meter)
 
     def __enter__(self) -> RewardClient:
         """The client itself; leaving the context closes it."""
@@ -115,6 +104,11 @@ class RewardClient:
         """What is rewarded, and how."""
         return self._rewards
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Scorer name to the fingerprint that it must have in every answer."""
+        return {name: each for lane in self._lanes for name, each in lane.route.fingerprints.items()}
+
     def submit(
         self,
         raw_NHWC: Tensor,
@@ -128,7 +122,7 @@ class RewardClient:
         """Begin to score N samples and return while the requests are under way.
 
         The tensors are uint8 on any device; those on a GPU are copied at once, others must stay unchanged until
-        the scores are collected. Whatever goes wrong is raised by ``collect``.
+        the scores are collected. Waits while ``PENDING_BYTES`` are under way. What goes wrong is raised by ``collect``.
 
         Args:
             raw_NHWC: images as decoded, RGB.
@@ -150,24 +144,21 @@ class RewardClient:
         for field, batch in batches.items():
             if batch.dtype != torch.uint8:
                 raise TypeError(f"{field} must be uint8, found {batch.dtype}.")
-        needed = {field: batch.cpu() for field, batch in batches.items() if field in self._offer.fields}
-        items = Items(needed, prompts, sample_ids, group_ids)
-        try:
-            size = self._offer.items_per_request(items)
-        except InputError as error:
-            refused: Future[Scores] = Future()
-            refused.set_exception(error)
-            return Pending((refused,))
-        starts = range(0, len(sample_ids), size)
-        return Pending(tuple(self._pool.submit(self._score, items.rows(start, start + size)) for start in starts))
+        needed = frozenset().union(*(lane.route.fields for lane in self._lanes))
+        tensors = {field: batch.cpu() for field, batch in batches.items() if field in needed}
+        items = Items(tensors, prompts, sample_ids, group_ids)
+        return Pending(tuple(lane.submit(items) for lane in self._lanes))
 
     def collect(self, pending: Pending) -> Scores:
         """Wait for the scores of what was submitted, in its order.
 
         Raises:
-            RewardsUnavailable: a request found no server within the retry budget, or was refused.
+            RewardsUnavailable: a request found no server within the retry budget, or was refused. Where only
+                scorers are missing that no reward needs, their scores are NaN instead.
+            InputError: a sample is too large for the servers.
         """
-        return concatenate([part.result() for part in pending.parts])
+        routes = [concatenate([part.result() for part in parts]) for parts in pending.routes]
+        return _side_by_side(routes, self._rewards.names)
 
     def require_enough_valid(self, scores: Scores) -> None:
         """Check the scores of a whole iteration, the same on every rank.
@@ -184,106 +175,43 @@ class RewardClient:
                 f"reasons:\n{reasons}\nMend the scorer or the data, then run the same command to go on."
             )
 
+    def require_same_scorers(self, before: Mapping[str, str]) -> None:
+        """Check the fingerprints that a checkpoint was made with.
+
+        Raises:
+            InputError: a scorer changed since, and the recipe does not allow it.
+        """
+        changes = changed_scorers(before, self.fingerprints)
+        if not changes:
+            return
+        told = (
+            "The code, settings or weights of scorers changed since the checkpoint, so scores before and after it "
+            f"cannot be compared: {'; '.join(changes)}."
+        )
+        if not self._rewards.allow_changed_scorers:
+            raise InputError(
+                f"{told} Start the servers as they were; or, to go on with the scorers as they are now, set "
+                "rewards.allow_changed_scorers: true."
+            )
+        log.warning("%s The run goes on with those of now, as rewards.allow_changed_scorers says.", told)
+
+    def traffic(self) -> Traffic:
+        """What this process asked of the servers since the last call."""
+        return self._meter.read()
+
     def close(self) -> None:
         """Give up requests under way and close the connections."""
-        self._closed.set()
-        for endpoint in self._endpoints:
-            endpoint.channel.close()
-        self._pool.shutdown(cancel_futures=True)
-
-    def _score(self, items: Items) -> Scores:
-        request = write_request(items, self._offer.fingerprints)
-        turn = next(self._turn) % len(self._endpoints)
-        endpoints = self._endpoints[turn:] + self._endpoints[:turn]
-        endpoint, response = _call(endpoints, lambda stub: stub.Score, request, self._rewards, self._closed)
-        try:
-            return read_response(response, items.sample_ids, self._rewards.scorers)
-        except ValueError as error:
-            raise RewardsUnavailable(
-                f"Reward server {endpoint.address} answered with something else than it was asked: {error}. "
-                "Trainer and server must come from compatible versions of ds_inpaint."
-            ) from error
+        self._servers.close()
+        for lane in self._lanes:
+            lane.close()
 
 
-def _open(address: str) -> _Endpoint:
-    channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-    return _Endpoint(address, channel, reward_pb2_grpc.RewardServiceStub(channel), threading.Event())
-
-
-def _ask(address: str, rewards: Rewards) -> reward_pb2.GetServerInfoResponse:
-    """What one server offers, waiting for it within the retry budget."""
-    endpoint = _open(address)
-    with endpoint.channel:
-        _, info = _call(
-            [endpoint], lambda stub: stub.GetServerInfo, reward_pb2.GetServerInfoRequest(), rewards, threading.Event()
-        )
-    return info
-
-
-def _call(
-    endpoints: Sequence[_Endpoint],
-    method: Callable[[reward_pb2_grpc.RewardServiceStub], Callable[..., Any]],
-    request: Any,
-    rewards: Rewards,
-    closed: threading.Event,
-) -> tuple[_Endpoint, Any]:
-    """Call a method of the first endpoint that answers, and go round them until the budget is spent.
-
-    Scoring has no side effects, so a request whose answer was lost may be repeated.
-    """
-    jitter = random.Random()  # of its own, to leave the seeded global one alone
-    failing_since = None
-    for attempt in itertools.count():
-        endpoint = endpoints[attempt % len(endpoints)]
-        try:
-            response = method(endpoint.stub)(request, timeout=rewards.timeout_seconds)
-            endpoint.away.clear()
-            return endpoint, response
-        except grpc.RpcError as error:
-            now = time.monotonic()
-            failing_since = failing_since or now
-            rounds, place = divmod(attempt + 1, len(endpoints))
-            pause = _pause_seconds(error, rounds)
-            if pause is None:
-                raise RewardsUnavailable(_refused(endpoint, error)) from error
-            left = failing_since + rewards.retry_seconds - now
-            if closed.is_set() or (place == 0 and left <= 0):
-                raise RewardsUnavailable(_gone(endpoints, error, now - failing_since, rewards)) from error
-            if error.code() in AWAY and not endpoint.away.is_set():
-                endpoint.away.set()
-                log.warning("Reward server %s does not answer and is asked again: %s", endpoint.address, _reason(error))
-            if place == 0:
-                closed.wait(min(pause * jitter.uniform(0.5, 1), left))
-    raise AssertionError("unreachable: the loop has no end")
-
-
-def _pause_seconds(error: grpc.RpcError, rounds: int) -> float | None:
-    """Seconds to wait before going round the servers again; ``None`` when that would change nothing."""
-    code = error.code()
-    if code in AWAY:
-        return min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(rounds - 1, 10))
-    # A busy server says when to come back; without that the message is too large, today and tomorrow.
-    pushback_ms = int(dict(error.trailing_metadata() or ()).get("grpc-retry-pushback-ms", -1))
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and pushback_ms >= 0:
-        return 2 * pushback_ms / 1000  # jitter halves it at most
-    return None
-
-
-def _reason(error: grpc.RpcError) -> str:
-    return f"{error.code().name}: {(error.details() or 'no details').rstrip('.')}"
-
-
-def _refused(endpoint: _Endpoint, error: grpc.RpcError) -> str:
-    return (
-        f"Reward server {endpoint.address} refused a request that would fail again: {_reason(error)}. Check "
-        "that this address is a ds_inpaint reward server of the same version, with the scorers of this run."
-    )
-
-
-def _gone(endpoints: Sequence[_Endpoint], error: grpc.RpcError, seconds: float, rewards: Rewards) -> str:
-    addresses = ", ".join(endpoint.address for endpoint in endpoints)
-    return (
-        f"No reward server among {addresses} answered; the last one failed for {seconds:.1f} s with "
-        f"{_reason(error)}. See its log, start it again and resume the run; rewards.retry_seconds, now "
-        f"{rewards.retry_seconds:g}, is how long a server may stay away."
+def _side_by_side(routes: Sequence[Scores], names: Sequence[str]) -> Scores:
+    """The scores of the same samples by different scorers as one, the scorers in the given order."""
+    values = {name: scores_N for route in routes for name, scores_N in route.values.items()}
+    return Scores(
+        {name: values[name] for name in names},
+        {name: values_N for route in routes for name, values_N in route.components.items()},
+        torch.stack([route.valid_N for route in routes]).all(0),
+        tuple(message for route in routes for message in route.messages),
     )

@@ -17,6 +17,7 @@ from ds_inpaint.noise import sample_noise
 from ds_inpaint.pixels import paste_known, to_bytes
 from ds_inpaint.regions import EVERYWHERE, Focus
 from ds_inpaint.reward_client import RewardClient
+from ds_inpaint.reward_traffic import metrics
 from ds_inpaint.scores import Scores, concatenate, sample_order
 from ds_inpaint.values import Batch, Condition, Policy, Triple
 
@@ -74,6 +75,7 @@ class Rollouts:
     areas_N: Tensor
     """Share of the pixels that each sample had to fill, likewise of all N."""
     seconds: dict[str, float]
+    """Entries for the metrics file: how long it took, and what the requests to the reward servers cost."""
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -169,16 +171,20 @@ class Rollout:
         with self.ranks.together():
             scores = [rewards.collect(ticket) for ticket in tickets]
         areas = prepared.batch.holes_B1HW.float().mean((1, 2, 3))[prepared.rows_n(samples)]
-        everyone = self.ranks.gather((samples, concatenate(scores), areas))
-        order_N = sample_order([number for numbers, _, _ in everyone for number in numbers])
-        total = concatenate([part for _, part, _ in everyone]).rows(order_N)
+        everyone = self.ranks.gather((samples, concatenate(scores), areas, rewards.traffic()))
+        order_N = sample_order([number for numbers, *_ in everyone for number in numbers])
+        total = concatenate([part for _, part, *_ in everyone]).rows(order_N)
         rewards.require_enough_valid(total)
         finished = time.perf_counter()
         return Rollouts(
             chunks,
             total,
-            torch.cat([part for _, _, part in everyone])[order_N],
-            {"seconds/rollout": generated - started, "seconds/rewards": finished - generated},
+            torch.cat([part for _, _, part, _ in everyone])[order_N],
+            {
+                "seconds/rollout": generated - started,
+                "seconds/rewards": finished - generated,
+                **metrics([traffic for *_, traffic in everyone]),
+            },
         )
 
     def _noise(self, numbers: Sequence[int], purpose: str, iteration: int, sharing: int) -> Tensor:

@@ -11,6 +11,8 @@ from ds_inpaint.recipe import Recipe
 CHANGEABLE = {
     *("run.name", "run.dir", "run.iterations"),
     *("rewards.servers", "rewards.timeout_seconds", "rewards.retry_seconds", "rewards.max_invalid_fraction"),
+    *("rewards.tls_ca", "rewards.tls_certificate", "rewards.tls_key", "rewards.token_file"),
+    "rewards.allow_changed_scorers",
     *("engine.micro_batch", "engine.activation_checkpointing", "engine.gather_once", "engine.timeout_minutes"),
     *("engine.reduce_bucket", "engine.prefetch_bucket"),
     *("evaluation.every", "checkpoint.every", "checkpoint.keep", "tracking.wandb", "tracking.project"),

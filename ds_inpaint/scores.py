@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ class Scores:
     components: dict[str, Tensor]
     """``scorer/component`` to what the scorer computed on the way [N]; NaN like the score."""
     valid_N: Tensor
-    """bool, True where every scorer with a weight other than 0 gave a score."""
+    """bool, True where every scorer that is rewarded or guards gave a score."""
     messages: tuple[str, ...]
     """One ``sample: scorer: reason`` for every missing score."""
 
@@ -30,9 +30,16 @@ class Scores:
         terms = [weight * self.values[name] for name, weight in weights.items() if weight != 0]
         return torch.where(self.valid_N, torch.stack(terms).sum(0), torch.nan)
 
-    def means(self) -> dict[str, float]:
-        """Mean of each scorer as ``reward/SCORER`` and of each component as ``component/SCORER/NAME``."""
-        scorers = {f"reward/{name}": float(values.nanmean()) for name, values in self.values.items()}
+    def means(self, holdout: Collection[str] = ()) -> dict[str, float]:
+        """Means over the samples that have one.
+
+        Of each scorer as ``reward/SCORER``, or ``holdout/SCORER`` if it is one of ``holdout``, and of each component
+        as ``component/SCORER/NAME``.
+        """
+        scorers = {
+            f"{'holdout' if name in holdout else 'reward'}/{name}": float(values.nanmean())
+            for name, values in self.values.items()
+        }
         return scorers | {f"component/{name}": float(values.nanmean()) for name, values in self.components.items()}
 
     def rows(self, index_N: Tensor) -> Scores:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from ds_inpaint.alarms import holdout_alarms
 from ds_inpaint.data import read_rows, rows_of_iteration
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.embedded_server import EmbeddedServer
@@ -66,7 +67,7 @@ def _connect(recipe: Rewards, folder: Path, ranks: Ranks, stack: ExitStack) -> R
         own = None
         with ranks.together():
             if ranks.local_rank == 0:
-                server = EmbeddedServer(list(recipe.scorers), folder / "reward_server.log")
+                server = EmbeddedServer(recipe.names, folder / "reward_server.log")
                 own = stack.enter_context(server).address
         started = {host: address for host, address in ranks.gather((socket.gethostname(), own)) if address}
         addresses = [started[socket.gethostname()]]
@@ -152,10 +153,17 @@ class TrainingRun:
         return latest.read_text() if latest.exists() else None
 
     def resume(self) -> Progress:
-        """Load the newest checkpoint, if there is one."""
+        """Load the newest checkpoint, if there is one.
+
+        Raises:
+            InputError: a scorer has changed since it was saved, and the recipe does not allow that.
+        """
         if not self.ranks.broadcast(self.latest_checkpoint()):
             return Progress()
-        return Progress(**self.engine.load(self.checkpoints))
+        state = self.engine.load(self.checkpoints)
+        with self.ranks.together():
+            self.rewards.require_same_scorers(state["scorers"])
+        return Progress(**state["progress"])
 
     def go(self, progress: Progress, tracker: Tracker) -> None:
         """Iterate from what is done to the last iteration."""
@@ -237,7 +245,10 @@ class TrainingRun:
                 self.folder / "samples",
                 progress.done,
             )
-        return heldout.metrics()
+        if not self.ranks.is_main:  # the scores of every sample lie where rank 0 wrote them
+            return heldout.metrics()
+        alarms = holdout_alarms(self.folder / "samples", progress.done, self.recipe.rewards.holdout)
+        return {**heldout.metrics(), **alarms}
 
     def evaluate_if_cut_short(self) -> None:
         """Evaluate the last iteration of a run whose iterations were lowered to what is done already."""
@@ -256,8 +267,9 @@ class TrainingRun:
             raise
 
     def save(self, progress: Progress) -> None:
-        """Checkpoint the weights and where the run stands, and drop the oldest checkpoints."""
-        self.engine.save(self.checkpoints, f"{progress.done:06d}", asdict(progress))
+        """Checkpoint the weights, where the run stands and who scored it, and drop the oldest checkpoints."""
+        state = {"progress": asdict(progress), "scorers": self.rewards.fingerprints}
+        self.engine.save(self.checkpoints, f"{progress.done:06d}", state)
         if self.ranks.is_main:
             # A higher number is the torn remains of a save that a kill interrupted.
             whole = sorted(tag for tag in self.checkpoints.glob("[0-9]*") if int(tag.name) <= progress.done)

@@ -39,6 +39,7 @@ class RewardService:
         self._limits = limits
         self._device = device
         self._warm: set[str] = set()
+        self._stopping = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self.stats = Stats.of(secrets.token_hex(8), self._scorers)
         compute = partial(score_jobs, device=device, max_batch_items=limits.max_batch_items)
@@ -106,6 +107,10 @@ class RewardService:
         """Say what was done since the start; the request holds nothing."""
         return self.stats.response()
 
+    def refuse_more(self) -> None:
+        """Tell whoever comes from now on to go to another server."""
+        self._stopping = True
+
     async def settle(self) -> None:
         """Wait until nothing waits to be computed or is being computed."""
         await self._batcher.settle()
@@ -119,8 +124,11 @@ class RewardService:
         """The scorers that a request names.
 
         Raises:
-            RequestRefused: it names none, one twice, or one that is not here, not warm or not the expected one.
+            RequestRefused: it names none, one twice, or one that is not here, not warm or not the expected one; or the
+                server is stopping.
         """
+        if self._stopping:
+            raise RequestRefused(grpc.StatusCode.UNAVAILABLE, "This server is stopping.")
         if not request.scorers:
             raise invalid(f"The request names no scorer. This server offers {', '.join(self._scorers)}.")
         scorers = []

@@ -6,15 +6,16 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from model_helpers import placement
 from torch import Tensor, nn
 
 from ds_inpaint.distributed import Ranks
-from ds_inpaint.rollout import Rollout
+from ds_inpaint.reward_traffic import Traffic
 from ds_inpaint.rewards import Rewards
+from ds_inpaint.rollout import Rollout
 from ds_inpaint.scores import Scores, concatenate
 from ds_inpaint.values import Policy
 
@@ -58,10 +59,9 @@ def plain_rollout(policy: Policy, sampler: Any, pixels: tuple[int, int] = (64, 6
 class FormulaRewards:
     """Stands in for the reward client: a score for each pasted picture by a function of it, uint8 [N, H, W, 3]."""
 
-    recipe: ClassVar = Rewards({"formula": 1.0})
-
-    def __init__(self, formula: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, formula: Callable[[Tensor], Tensor], recipe: Rewards | None = None) -> None:
         self.formula = formula
+        self.recipe = recipe or Rewards({"formula": 1.0})
 
     def submit(self, *, pasted_NHWC: Tensor, sample_ids: Sequence[str], **unused: Any) -> Scores:
         values_N = self.formula(pasted_NHWC).float()
@@ -72,3 +72,6 @@ class FormulaRewards:
 
     def require_enough_valid(self, scores: Scores) -> None:
         assert scores.valid_N.all()
+
+    def traffic(self) -> Traffic:
+        return Traffic()

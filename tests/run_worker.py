@@ -22,6 +22,7 @@ from ds_inpaint import run, trainer
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import RewardsUnavailable
 from ds_inpaint.models.sd import SDPolicy
+from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.zero_config import setup
 
 
@@ -51,7 +52,18 @@ def no_scores_at_the_end() -> Iterator[None]:
         yield
 
 
-FAULTS = {"disagreeing": another_training_forward, "unscored": no_scores_at_the_end}
+@contextmanager
+def other_scorers() -> Iterator[None]:
+    """The servers say that their scorers are others than before."""
+    with patch.object(RewardClient, "fingerprints", dict.fromkeys(("seam", "ring_texture"), "0" * 64)):
+        yield
+
+
+FAULTS = {
+    "disagreeing": another_training_forward,
+    "unscored": no_scores_at_the_end,
+    "other_scorers": other_scorers,
+}
 
 
 def main(out: Path, jobs: list[list[str]]) -> None:

@@ -12,16 +12,21 @@ from plain import FormulaRewards, plain_policy, plain_rollout
 from torch.distributions import Normal
 
 from ds_inpaint.algorithms.dpo import DPO
+from ds_inpaint.algorithms.grpo import GRPO
 from ds_inpaint.algorithms.sft import SFT
 from ds_inpaint.data import load, read_rows
 from ds_inpaint.errors import UntrustworthyUpdate
 from ds_inpaint.models.flux import Flux
 from ds_inpaint.models.sd import SD
 from ds_inpaint.noise import sample_noise
+from ds_inpaint.rewards import Rewards
 from ds_inpaint.samplers.ddim import DDIM
+from ds_inpaint.samplers.flow_sde import FlowSDE
 from ds_inpaint.samplers.ode import ODE
 
 BRIGHT = FormulaRewards(lambda pictures_NHWC: pictures_NHWC.float().mean((1, 2, 3)))
+FORBIDDEN = FormulaRewards(BRIGHT.formula, Rewards({"formula": 1.0}, guards={"formula": 256.0}))
+"""The same under a guard that no picture passes."""
 EQUAL = FormulaRewards(lambda pictures_NHWC: torch.full((len(pictures_NHWC),), 0.1))
 
 
@@ -159,6 +164,20 @@ def test_groups_of_equal_rewards_do_equal_work_of_no_weight(rollout, triples, mo
     assert [loss.value.item() for loss in losses] == [0.0, 0.0]
     sum(loss.value for loss in losses).backward()
     assert all(weight.grad.abs().max() == 0 for weight in module.parameters())
+
+
+def test_nothing_that_a_guard_forbids_is_reinforced(rollout, triples, family):
+    _, metrics = judged_pairs(rollout, triples, FORBIDDEN)
+    assert metrics["reward/vetoed_fraction"] == 1
+    assert metrics["preference/pairs"] == 0
+    noisy = plain_rollout(rollout.policy, DDIM(2, 1.0) if family == "sd" else FlowSDE(2))
+
+    def advantages(rewards):
+        [steps] = GRPO(group_size=4, trained_steps=1).collect(triples, 0, noisy, rewards).updates
+        return torch.cat([step.advantages_n for step in steps])
+
+    assert advantages(BRIGHT).max() > 0
+    assert torch.equal(advantages(FORBIDDEN), advantages(BRIGHT).clamp(max=0))
 
 
 def noised_by_diffusers(family, clean, noise, times):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ds_inpaint.advantages import group_metrics, group_relative
+from ds_inpaint.advantages import Judgement, group_metrics, group_relative
 from ds_inpaint.policy_gradient import clipped_surrogate, importance_ratio
 
 
@@ -15,9 +15,13 @@ def all_valid(count):
     return torch.ones(count, dtype=torch.bool)
 
 
+def judged(rewards, valid=None):
+    """Rewards that are learned from as they are; nothing is vetoed."""
+    return Judgement(rewards, all_valid(len(rewards)) if valid is None else valid, ~all_valid(len(rewards)))
+
+
 def relative(rewards, valid=None, group_size=None, spread="group", eps=0.0, bound=5.0):
-    valid = all_valid(len(rewards)) if valid is None else valid
-    return group_relative([(1.0, rewards)], valid, group_size or len(rewards), spread, eps, bound)
+    return group_relative(judged(rewards, valid), group_size or len(rewards), spread, eps, bound)
 
 
 def test_advantages_are_standardised_inside_each_group():
@@ -31,12 +35,6 @@ def test_the_batch_spread_is_the_std_of_all_centred_rewards():
     centred = torch.tensor([-1.0, 0.0, 1.0, -10.0, 10.0, 0.0])
     torch.testing.assert_close(relative(rewards, group_size=3, spread="batch").advantages_N, centred / centred.std())
     torch.testing.assert_close(relative(rewards, group_size=3, spread="none", bound=50).advantages_N, centred)
-
-
-def test_scorers_that_are_normalised_one_by_one_add_up_by_their_weights():
-    narrow, wide = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([300.0, 200.0, 400.0])
-    result = group_relative([(2.0, narrow), (1.0, wide)], all_valid(3), 3, "group", 0.0, 5.0)
-    torch.testing.assert_close(result.advantages_N, torch.tensor([-2.0, -1.0, 3.0]))
 
 
 def test_an_invalid_sample_changes_nothing_for_the_others():
@@ -70,11 +68,12 @@ def test_advantages_are_bounded():
 def test_group_metrics_tell_small_masks_from_large_ones():
     rewards = torch.tensor([1.0, 3.0, 5.0, 5.0, 2.0, math.nan])
     areas = torch.tensor([0.05, 0.05, 0.5, 0.5, 0.2, 0.2])
-    metrics = group_metrics(rewards, ~rewards.isnan(), areas, 2)
+    metrics = group_metrics(rewards, judged(rewards, ~rewards.isnan()), areas, 2)
     assert metrics["reward/mean"] == pytest.approx(16 / 5)
     assert metrics["reward/invalid_fraction"] == pytest.approx(1 / 6)
     assert metrics["reward/group_std"] == pytest.approx(math.sqrt(2) / 2)
     assert metrics["reward/silent_groups"] == 0.5
+    assert metrics["reward/vetoed_fraction"] == 0
     assert metrics["reward/small_masks/group_std"] == pytest.approx(math.sqrt(2))
     assert metrics["reward/small_masks/mean"] == 2
     assert metrics["reward/large_masks/group_std"] == 0

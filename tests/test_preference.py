@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from ds_inpaint.advantages import Judgement
 from ds_inpaint.preference import best_and_worst, preference_loss_N, preference_margin_N
 
 NAN = math.nan
@@ -33,6 +34,11 @@ def test_errors_of_low_precision_are_compared_in_float32():
     assert preference_margin_N(*errors, 100.0).dtype == torch.float32
 
 
+def pairs_of(rewards, valid, group_size, least_spread):
+    """Pairs by rewards that are learned from as they are; nothing is vetoed."""
+    return best_and_worst(Judgement(rewards, valid, torch.zeros_like(valid)), group_size, least_spread)
+
+
 def test_pairs_of_groups():
     rewards = torch.tensor(
         [
@@ -48,7 +54,7 @@ def test_pairs_of_groups():
     )
     valid = ~rewards.isnan()
     valid[11], valid[26] = False, True
-    found = best_and_worst(rewards, valid, 4, 1e-6)
+    found = pairs_of(rewards, valid, 4, 1e-6)
     assert found.weights_B.tolist() == [1, 0, 1, 1, 0, 0, 0, 0]
     assert found.weights_B.dtype == torch.float32
     judged = found.weights_B.bool()
@@ -61,10 +67,10 @@ def test_pairs_of_groups():
 
 def test_the_least_spread_is_compared_with_the_unbiased_std():
     rewards, valid = torch.tensor([0.0, 1.0]), torch.tensor([True, True])
-    assert best_and_worst(rewards, valid, 2, 0.70).weights_B.tolist() == [1]
-    assert best_and_worst(rewards, valid, 2, 0.71).weights_B.tolist() == [0]
+    assert pairs_of(rewards, valid, 2, 0.70).weights_B.tolist() == [1]
+    assert pairs_of(rewards, valid, 2, 0.71).weights_B.tolist() == [0]
 
 
 def test_equal_rewards_hold_no_preference_even_at_spread_0():
     rewards = torch.tensor([0.1, 0.7, 1 / 3]).repeat_interleave(3)
-    assert best_and_worst(rewards, torch.ones(9, dtype=torch.bool), 3, 0.0).weights_B.tolist() == [0, 0, 0]
+    assert pairs_of(rewards, torch.ones(9, dtype=torch.bool), 3, 0.0).weights_B.tolist() == [0, 0, 0]

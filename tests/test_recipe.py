@@ -51,8 +51,8 @@ BROKEN = {
     "unknown key": (
         ("  group_size: 4", "  gruop_size: 4"),
         "grpo.yaml:18: algorithm.gruop_size: unknown key. Allowed here: group_size, trained_steps, step_fraction, "
-        "clip_range, hole_aware, hole_dilation, same_start, combine, advantage_spread, advantage_bound, "
-        "advantage_eps, kl_weight, kl_form, updates_per_rollout. Did you mean group_size?",
+        "clip_range, hole_aware, hole_dilation, same_start, advantage_spread, advantage_bound, advantage_eps, "
+        "kl_weight, kl_form, updates_per_rollout. Did you mean group_size?",
     ),
     "unknown section": (
         ("optimizer:", "optimiser:"),
@@ -155,6 +155,20 @@ BROKEN = {
         "'localhost:50051' (text). Put it in brackets: [localhost:50051]. Meaning: 'embedded' starts a server on "
         "this machine's CPU; otherwise a list of HOST:PORT.",
     ),
+    "unknown combiner": (
+        ("    seam: 1.0", "    seam: 1.0\n  combine: {name: cane}"),
+        "grpo.yaml:24: rewards.combine.name: found 'cane' (text). Did you mean caen? Give a section whose `name` is a "
+        "file of ds_inpaint/combiners: <combiners>. Meaning: How weighted scores become what is learned from.",
+    ),
+    "combiner for other scorers": (
+        ("    seam: 1.0", "    seam: 1.0\n  combine:\n    name: scale_aware\n    boundary: [rim]"),
+        "grpo.yaml:26: rewards.combine.boundary: found rim, which rewards.scorers does not reward; name some of seam.",
+    ),
+    "hold-out that is trained on": (
+        ("    seam: 1.0", "    seam: 1.0\n  holdout: [seam]"),
+        "grpo.yaml:24: rewards.holdout: found seam, which rewards.scorers weighs or rewards.guards names; a hold-out "
+        "must stand outside of training. Take it out of one of them.",
+    ),
     "nothing rewarded": (
         ("seam: 1.0", "seam: 0"),
         "grpo.yaml:22: rewards.scorers: found {'seam': 0.0}; at least one scorer must have a weight other than 0.",
@@ -206,7 +220,7 @@ def test_a_broken_recipe_is_refused_in_a_sentence(mistake, folder, capsys):
     (old, new), message = BROKEN[mistake]
     assert old in GOOD
     Path("grpo.yaml").write_text(GOOD.replace(old, new))
-    for name in ("algorithms", "samplers"):
+    for name in ("algorithms", "samplers", "combiners"):
         message = message.replace(f"<{name}>", files_of(name))
     assert complaint(capsys) == message.replace("<here>", str(folder))
 

@@ -13,9 +13,11 @@ from ds_inpaint.recipe import Recipe, load_recipe
 ALGORITHMS, MODELS = ("grpo", "dpo", "sft"), ("sd", "flux")
 PAIRS = [f"{algorithm}_{model}" for algorithm, model in product(ALGORITHMS, MODELS)]
 FOLDERS = (Path("recipes"), Path("recipes/tiny"))
+REWARDED = ("servers", "scorers", "guards", "holdout", "combine")
 DECIDED_BY = {
     **dict.fromkeys(("run.name", "run.dir", "run.iterations", "data.batch", "sampler", "algorithm"), "both"),
     **dict.fromkeys(("optimizer.schedule", "optimizer.warmup_steps"), "algorithm"),
+    **dict.fromkeys([f"rewards.{name}" for name in REWARDED], "algorithm"),
     **dict.fromkeys(("model", "engine.zero_stage", "engine.micro_batch", "evaluation.sampler"), "model"),
 }
 """What the sections and keys hang on that are not the same in all six production recipes."""
@@ -39,6 +41,11 @@ def test_a_shipped_recipe_is_valid(path, photos):
     ranks = 2 if "tiny" in path.parts else 8
     load_recipe(path, files, ranks)
     assert f"--num_gpus {ranks} -m ds_inpaint.run {path}" in path.read_text()
+
+
+def test_grpo_and_dpo_are_rewarded_alike():
+    grpo, dpo = (sections(Path(f"recipes/{algorithm}_sd.yaml"))["rewards"] for algorithm in ("grpo", "dpo"))
+    assert grpo == dpo
 
 
 def test_production_recipes_differ_only_where_the_algorithm_or_the_model_differs():

@@ -1,29 +1,24 @@
-"""The trainer's side of rewards against real servers: scores, splits, retries and refusals."""
+"""The trainer's side of rewards against real servers: what is sent, and what the scores say."""
 
 from __future__ import annotations
 
 import os
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 
-import grpc
 import pytest
 import torch
-from ds_inpaint_protos.reward.v1 import reward_pb2, reward_pb2_grpc
+from client_helpers import WEIGHTS, assert_equal, rewards, scores_of
+from ds_inpaint_protos.reward.v1 import reward_pb2
 from reward_helpers import FAULTY_SCORER, Servers, random_samples
 
+from ds_inpaint import reward_client
 from ds_inpaint.errors import InputError, RewardsUnavailable
 from ds_inpaint.keys import Impossible
 from ds_inpaint.reward_client import RewardClient
+from ds_inpaint.reward_traffic import Traffic, metrics
 from ds_inpaint.reward_wire import read_response
 from ds_inpaint.rewards import Rewards
-from ds_inpaint.scores import Scores
-from reward_servers.service import Limits
-
-WEIGHTS = {"seam": 1.0, "known_fidelity": 0.5}
-NOWHERE = "127.0.0.1:1"
+from reward_servers.limits import Limits
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +38,6 @@ def faulty(servers, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scorers")
     (folder / "faulty.py").write_text(FAULTY_SCORER)
     return servers.start(["faulty", "seam"], folder=folder)
-
-
-def rewards(scorers=None, retry_seconds=0.0, **keys):
-    return Rewards(scorers=scorers or WEIGHTS, retry_seconds=retry_seconds, **keys)
-
-
-def scores_of(client, samples):
-    return client.collect(client.submit(**samples))
-
-
-def assert_equal(first: Scores, second: Scores):
-    for name, values in first.values.items():
-        torch.testing.assert_close(values, second.values[name], rtol=0, atol=0)
-    assert first.components.keys() == second.components.keys()
-    assert first.valid_N.tolist() == second.valid_N.tolist()
 
 
 def test_scores_arrive_in_order_and_combine_by_weight(server):
@@ -94,7 +74,7 @@ def test_requests_are_split_to_the_limits_of_the_server(servers, server, limits)
     small = servers.start(["seam", "known_fidelity"], limits=limits)
     with RewardClient.connect(rewards(), [small.address]) as client:
         pending = client.submit(**samples)
-        assert len(pending.parts) > 3
+        assert len(pending.routes[0]) > 3
         assert_equal(whole, client.collect(pending))
 
 
@@ -177,144 +157,6 @@ def test_a_section_that_cannot_work_is_refused(keys, key):
     assert caught.value.key == key
 
 
-def test_a_scorer_that_the_server_lacks_is_an_input_error(server):
-    with pytest.raises(InputError) as caught:
-        RewardClient.connect(rewards({"seem": 1.0}), [server.address])
-    assert "does not offer 'seem'. Did you mean 'seam'?" in str(caught.value)
-    assert "ring_texture" in str(caught.value)
-
-
-def test_servers_that_differ_in_a_scorer_are_an_input_error(servers, server):
-    other = servers.start(["seam"], settings={"near_px": "5"})
-    with pytest.raises(InputError, match="differ in the code or settings of scorer seam"):
-        RewardClient.connect(rewards({"seam": 1.0}), [server.address, other.address])
-
-
-def test_a_server_that_restarts_is_waited_for_and_gives_the_same_scores(servers):
-    samples = random_samples(4)
-    first = servers.start(list(WEIGHTS))
-    port = int(first.address.split(":")[1])
-    with RewardClient.connect(rewards(retry_seconds=20), [first.address]) as client:
-        before = scores_of(client, samples)
-        servers.stop(first)
-        pending = client.submit(**samples)
-        time.sleep(0.5)
-        second = servers.start(list(WEIGHTS), port=port)
-        started = time.monotonic()
-        assert_equal(before, client.collect(pending))
-        assert time.monotonic() - started < 5
-        servers.stop(second)
-
-
-def test_a_server_that_comes_back_with_another_scorer_stops_the_run(servers):
-    first = servers.start(["seam"])
-    port = int(first.address.split(":")[1])
-    with RewardClient.connect(rewards({"seam": 1.0}, retry_seconds=20), [first.address]) as client:
-        servers.stop(first)
-        servers.start(["seam"], port=port, settings={"near_px": "5"})
-        with pytest.raises(RewardsUnavailable, match="FAILED_PRECONDITION: Scorer seam has fingerprint"):
-            scores_of(client, random_samples(1))
-
-
-def test_a_spent_retry_budget_stops_the_run_in_bounded_time(servers):
-    server = servers.start(list(WEIGHTS))
-    with RewardClient.connect(rewards(retry_seconds=1), [server.address]) as client:
-        servers.stop(server)
-        started = time.monotonic()
-        with pytest.raises(RewardsUnavailable) as caught:
-            scores_of(client, random_samples(2))
-    assert 0.9 < time.monotonic() - started < 4
-    assert all(words in str(caught.value) for words in (server.address, "UNAVAILABLE", "retry_seconds, now 1"))
-
-
-def test_no_server_at_the_start_stops_the_run_in_bounded_time():
-    started = time.monotonic()
-    with pytest.raises(RewardsUnavailable, match=NOWHERE):
-        RewardClient.connect(rewards(retry_seconds=0.3), [NOWHERE])
-    assert time.monotonic() - started < 3
-
-
-def test_a_request_too_slow_for_its_deadline_counts_as_a_failure(faulty):
-    samples = random_samples(1) | {"prompts": ["slow"]}
-    recipe = rewards({"faulty": 1.0}, timeout_seconds=0.15)
-    client = RewardClient.connect(recipe, [faulty.address])
-    with client, pytest.raises(RewardsUnavailable, match="DEADLINE_EXCEEDED"):
-        scores_of(client, samples)
-
-
-def test_a_request_that_is_refused_is_not_repeated(server):
-    samples = random_samples(2)
-    samples["masks_NHW"] = samples["masks_NHW"][:, :40]
-    with RewardClient.connect(rewards(retry_seconds=60), [server.address]) as client:
-        started = time.monotonic()
-        with pytest.raises(RewardsUnavailable, match="INVALID_ARGUMENT: decoded_images holds 2 items"):
-            scores_of(client, samples)
-        assert time.monotonic() - started < 2
-
-
-def test_another_server_steps_in_for_one_that_is_gone(servers, server):
-    gone = servers.start(list(WEIGHTS))
-    with RewardClient.connect(rewards(), [gone.address, server.address]) as client:
-        samples = random_samples(3)
-        before = scores_of(client, samples)
-        servers.stop(gone)
-        for _ in range(3):  # whichever server's turn it is
-            assert_equal(before, scores_of(client, samples))
-
-
-class BusyService(reward_pb2_grpc.RewardServiceServicer):
-    """Sends the first two requests away, with or without saying when to come back."""
-
-    def __init__(self, pushback_ms: str | None) -> None:
-        self.trailers = () if pushback_ms is None else (("grpc-retry-pushback-ms", pushback_ms),)
-        self.calls: list[float] = []
-
-    def GetServerInfo(self, request, context):
-        limits = reward_pb2.Limits(max_message_bytes=1 << 30, max_items_per_request=8)
-        scorer = reward_pb2.ScorerInfo(name="seam", fingerprint="f")
-        return reward_pb2.GetServerInfoResponse(limits=limits, scorers=[scorer])
-
-    def Score(self, request, context):
-        self.calls.append(time.monotonic())
-        if len(self.calls) <= 2:
-            context.set_trailing_metadata(self.trailers)
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
-        result = reward_pb2.ScorerResult(
-            scorer="seam", scores=[0.5], statuses=[reward_pb2.ITEM_STATUS_OK], messages=[""]
-        )
-        return reward_pb2.ScoreResponse(results=[result])
-
-
-@pytest.mark.parametrize("pushback_ms", ["200", None, "-1"])
-def test_a_busy_server_is_asked_again_only_when_and_if_it_says_so(pushback_ms):
-    service = BusyService(pushback_ms)
-    server = grpc.server(ThreadPoolExecutor(1))
-    reward_pb2_grpc.add_RewardServiceServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    with RewardClient.connect(rewards({"seam": 1.0}, retry_seconds=5), [f"127.0.0.1:{port}"]) as client:
-        if pushback_ms == "200":
-            assert scores_of(client, random_samples(1)).values["seam"].tolist() == [0.5]
-            assert len(service.calls) == 3
-            assert all(later - earlier >= 0.2 for earlier, later in pairwise(service.calls))
-        else:
-            with pytest.raises(RewardsUnavailable, match="RESOURCE_EXHAUSTED: the queue is full"):
-                scores_of(client, random_samples(1))
-            assert len(service.calls) == 1
-    server.stop(None).wait()
-
-
-def test_closing_gives_up_what_is_under_way(servers):
-    server = servers.start(list(WEIGHTS))
-    client = RewardClient.connect(rewards(retry_seconds=60), [server.address])
-    servers.stop(server)
-    client.submit(**random_samples(1))
-    started = time.monotonic()
-    client.close()
-    assert time.monotonic() - started < 3
-    assert not any(thread.name.startswith("rewards") for thread in threading.enumerate())
-
-
 def test_wrong_dtypes_and_forks_are_refused(server, monkeypatch):
     samples = random_samples(1)
     with RewardClient.connect(rewards(), [server.address]) as client:
@@ -329,6 +171,48 @@ def test_a_response_about_something_else_is_not_read():
     result = reward_pb2.ScorerResult(scorer="seam", scores=[0.1], statuses=[1], messages=[""])
     response = reward_pb2.ScoreResponse(results=[result])
     with pytest.raises(ValueError, match="each of the 2 items"):
-        read_response(response, ["a", "b"], {"seam": 1.0})
+        read_response(response, ["a", "b"], ["seam"], ["seam"])
     with pytest.raises(ValueError, match=r"for scorers .'seam'., not"):
-        read_response(response, ["a"], {"ring_texture": 1.0})
+        read_response(response, ["a"], ["ring_texture"], [])
+
+
+def test_submit_waits_while_too_much_is_under_way(faulty, monkeypatch):
+    samples = random_samples(2) | {"prompts": ["slow", "slow"]}
+    room = samples["masks_NHW"].nbytes + 1
+    with monkeypatch.context() as small:
+        small.setattr(reward_client, "PENDING_BYTES", room)
+        client = RewardClient.connect(rewards({"faulty": 1.0}), [faulty.address])
+    with client:
+        started = time.monotonic()
+        pending = [client.submit(**samples) for _ in range(3)]
+        assert time.monotonic() - started > 0.8  # two of them were answered
+        assert all(client.collect(each).valid_N.all() for each in pending)
+
+
+def test_traffic_is_counted_between_two_readings(server):
+    samples = random_samples(8)
+    with RewardClient.connect(rewards(), [server.address]) as client:
+        assert client.traffic() == Traffic()  # connecting does not count
+        scores_of(client, samples)
+        scores_of(client, samples)
+        traffic, rest = client.traffic(), client.traffic()
+    assert rest == Traffic()
+    assert len(traffic.seconds) == len(traffic.compute_ms) == 2
+    assert all(0 < ms / 1000 < seconds for ms, seconds in zip(traffic.compute_ms, traffic.seconds, strict=True))
+    sent = sum(samples[name].nbytes for name in ("raw_NHWC", "pasted_NHWC", "masks_NHW", "references_NHWC"))
+    assert sent <= traffic.bytes_sent / 2 < 1.05 * sent
+    assert (traffic.retries, traffic.failovers) == (0, 0)
+
+
+def test_traffic_of_all_ranks_becomes_one_row_of_metrics():
+    ranks = [Traffic([1.0, 3.0], [10.0, 20.0], [4.0, 4.0], 500, 2, 1), Traffic([2.0], [60.0], [1.0], 100)]
+    assert metrics(ranks) == {
+        "rewards/latency_p50": 2.0,
+        "rewards/latency_p95": pytest.approx(2.9),
+        "rewards/queue_ms": 30.0,
+        "rewards/compute_ms": 3.0,
+        "rewards/bytes_sent": 600.0,
+        "rewards/retries": 2.0,
+        "rewards/failovers": 1.0,
+    }
+    assert metrics([Traffic(), Traffic()]) == {}

@@ -91,8 +91,8 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def rows(folder: Path) -> list[dict]:
-    """The metrics of a run without those that a clock measures."""
-    clocks = ("seconds/", "samples_per_second")
+    """The metrics of a run without those that a clock or the network decides."""
+    clocks = ("seconds/", "samples_per_second", "rewards/")
     return [
         {name: value for name, value in row.items() if not name.startswith(clocks)}
         for row in read_metrics(folder / "metrics.jsonl")
@@ -179,6 +179,7 @@ def ended(out, recipe, photos, server, lost, losing):
         "again": whole,
         "longer": [*whole, "run.iterations=4"],
         "shorter": [*whole, "run.iterations=2"],
+        "other_scorers": [*whole, "run.iterations=4"],
         "other": [*whole, "algorithm.group_size=8", "rewards.scorers.seam=2.0", "rewards.retry_seconds=7"],
         "disagreeing": short,
         "unscored": short,
@@ -249,6 +250,12 @@ def test_another_recipe_does_not_touch_the_run_it_finds(ended, out):
     )
     assert ended["other"][1]["err"] == ended["other"][0]["err"]  # no launcher here ends rank 1 before it speaks
     assert "group_size: 4" in (out / "whole" / "recipe.yaml").read_text()
+
+
+def test_a_run_whose_scorers_changed_is_not_continued(ended):
+    assert codes(ended["other_scorers"]) == [2, 2]
+    assert "; seam was " in ended["other_scorers"][0]["err"]
+    assert " and is 000000000000. Start the servers as they were; or, " in ended["other_scorers"][0]["err"]
 
 
 def test_the_doctor_stops_a_training_forward_that_disagrees_with_sampling(ended, out):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_inpaint.advantages import group_metrics
 from ds_inpaint.denoising import TIME_DISTRIBUTIONS, DenoisingTask, denoising_task, time_quantiles
 from ds_inpaint.errors import UntrustworthyUpdate
 from ds_inpaint.keys import key
@@ -79,7 +78,10 @@ class DPO:
         1, "Noise levels K that each pair is trained at; cost of an update is proportional.", at_least=1
     )
     least_spread: float = key(
-        1e-6, "Groups whose rewards have a smaller std hold no preference and weigh nothing.", at_least=0
+        1e-6,
+        "Groups whose utilities have a smaller std weigh nothing, in the units of rewards.combine: raw scores, stds, "
+        "places or wins. The default leaves out only equal ones.",
+        at_least=0,
     )
     reference_every: int = key(
         40,
@@ -116,8 +118,8 @@ class DPO:
         reference = rollout.policy.denoiser.weights
         with reference("reference") if self.sampled_by == "reference" else nullcontext():
             rollouts = rollout.run(prepared, rewards, purpose="rollout", iteration=iteration)
-        rewards_N, valid_N = rollouts.scores.combined_N(rewards.recipe.scorers), rollouts.scores.valid_N
-        preferences = best_and_worst(rewards_N, valid_N, self.group_size, self.least_spread)
+        judgement = rewards.recipe.judge(rollouts.scores, rollouts.areas_N, self.group_size)
+        preferences = best_and_worst(judgement, self.group_size, self.least_spread)
         pasted = {
             sample: image
             for chunk in rollouts.chunks
@@ -126,9 +128,9 @@ class DPO:
         judged = Judged(prepared, pasted, preferences, self._shares(preferences.weights_B), iteration)
         with reference("reference"):
             updates = [self._pairs(part, judged, rollout) for part in parts]
-        metrics = group_metrics(rewards_N, valid_N, rollouts.areas_N, self.group_size)
+        metrics = rewards.recipe.metrics(rollouts.scores, judgement, rollouts.areas_N, self.group_size)
         metrics["preference/pairs"] = float(preferences.weights_B.mean())
-        return Experiences(updates, {**metrics, **rollouts.scores.means(), **rollouts.seconds})
+        return Experiences(updates, {**metrics, **rollouts.seconds})
 
     def loss(self, policy: Policy, experience: Pairs) -> Loss:
         """-log sigmoid of how much better than the reference the policy denoises winners, against losers."""

@@ -5,13 +5,13 @@ diffusion, with the denoising steps as actions as in 2305.13301).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ds_inpaint.advantages import Advantages, group_metrics, group_relative
+from ds_inpaint.advantages import Advantages, group_relative
 from ds_inpaint.errors import UntrustworthyUpdate
 from ds_inpaint.gaussian import Schedule
 from ds_inpaint.keys import Impossible, key
@@ -20,7 +20,6 @@ from ds_inpaint.policy_gradient import clipped_surrogate, importance_ratio
 from ds_inpaint.regions import EVERYWHERE, Focus, latent_holes, mean_N
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Chunk, Rollout
-from ds_inpaint.scores import Scores
 from ds_inpaint.values import Condition, Experiences, Loss, Policy, Sampler, Triple
 
 DOCTOR_SHARE = 0.1
@@ -79,19 +78,14 @@ class GRPO:
     same_start: bool = key(
         False, "Start a group from one initial noise, so that it differs by the sampler's noise alone."
     )
-    combine: str = key(
-        "sum",
-        "Normalise the weighted `sum` of the scorers, or `each` scorer and then sum: the widest no longer wins.",
-        choices=("sum", "each"),
-    )
     advantage_spread: str = key(
         "group",
-        "What centred rewards are divided by: the std of their `group`, of the whole `batch`, or `none`.",
+        "What centred utilities are divided by: the std of their `group`, of the whole `batch`, or `none`.",
         choices=("group", "batch", "none"),
     )
     advantage_bound: float = key(5.0, "Advantages are clamped to +- this many stds.", above=0)
     advantage_eps: float = key(
-        1e-4, "Added to the std, in reward units; hushes groups of nearly equal rewards.", above=0
+        1e-4, "Added to the std, in the units of rewards.combine; hushes groups of nearly equal utilities.", above=0
     )
     kl_weight: float = key(
         0.0,
@@ -106,14 +100,6 @@ class GRPO:
     updates_per_rollout: int = key(
         1, "Optimizer steps per rollout; from the second on, the samples are slightly off-policy.", at_least=1
     )
-
-    def __post_init__(self) -> None:
-        if self.combine == "each" and self.advantage_spread == "none":
-            raise Impossible(
-                "combine",
-                "`each` normalises every scorer by its spread, which advantage_spread: none leaves out; choose `sum`, "
-                "or the spread of the group or the batch.",
-            )
 
     @property
     def uses_reference(self) -> bool:
@@ -160,8 +146,10 @@ class GRPO:
             focus=lambda holes_n1HW: self._focus(holes_n1HW, rollout.latent_shape),
             same_start=self.same_start,
         )
-        rewards_N = rollouts.scores.combined_N(rewards.recipe.scorers)
-        advantages = self._judge(rewards_N, rollouts.scores, rewards.recipe.scorers)
+        judgement = rewards.recipe.judge(rollouts.scores, rollouts.areas_N, self.group_size)
+        advantages = group_relative(
+            judgement, self.group_size, self.advantage_spread, self.advantage_eps, self.advantage_bound
+        )
         references = self._reference_predictions(rollouts.chunks, steps, rollout)
         updates = []
         for update, chunks in enumerate(rollouts.parts):
@@ -173,8 +161,8 @@ class GRPO:
                     for column, step in enumerate(steps)
                 ]
             )
-        metrics = group_metrics(rewards_N, rollouts.scores.valid_N, rollouts.areas_N, self.group_size)
-        return Experiences(updates, {**metrics, **rollouts.scores.means(), **rollouts.seconds})
+        metrics = rewards.recipe.metrics(rollouts.scores, judgement, rollouts.areas_N, self.group_size)
+        return Experiences(updates, {**metrics, **rollouts.seconds})
 
     def loss(self, policy: Policy, experience: TrainedStep) -> Loss:
         """Clipped policy gradient of one step of one micro-batch, plus the KL penalty."""
@@ -233,17 +221,6 @@ class GRPO:
         _, height, width = latent_shape
         region_n1HW = latent_holes(holes_n1HW, height, width, self.hole_dilation)
         return Focus(region_n1HW, region_n1HW if self.hole_aware == "noise" else None)
-
-    def _judge(self, rewards_N: Tensor, scores: Scores, weights: Mapping[str, float]) -> Advantages:
-        each = [(weight, scores.values[name]) for name, weight in weights.items() if weight != 0]
-        return group_relative(
-            [(1.0, rewards_N)] if self.combine == "sum" else each,
-            scores.valid_N,
-            self.group_size,
-            self.advantage_spread,
-            self.advantage_eps,
-            self.advantage_bound,
-        )
 
     @torch.no_grad()
     def _reference_predictions(
