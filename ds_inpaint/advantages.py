@@ -35,6 +35,8 @@ class Advantages:
 class Groups:
     """Statistics of one reward inside its groups, over the valid samples; float64."""
 
+    mean_B1: Tensor
+    """Mean of each group; 0 without a valid sample."""
     centred_BG: Tensor
     """Reward minus the group's mean; 0 where invalid."""
     std_B1: Tensor
@@ -49,10 +51,18 @@ def group_statistics(rewards_N: Tensor, valid_N: Tensor, group_size: int) -> Gro
     valid_BG = valid_N.view(-1, group_size)
     rewards_BG = torch.where(valid_N, rewards_N, 0.0).double().view(-1, group_size)
     count_B1 = valid_BG.sum(1, keepdim=True)
-    centred_BG = (rewards_BG - rewards_BG.sum(1, keepdim=True) / count_B1.clamp(min=1)) * valid_BG
+    mean_B1 = rewards_BG.sum(1, keepdim=True) / count_B1.clamp(min=1)
+    centred_BG = (rewards_BG - mean_B1) * valid_BG
     std_B1 = (centred_BG.square().sum(1, keepdim=True) / (count_B1 - 1).clamp(min=1)).sqrt()
     enough_B1 = count_B1 >= max(2, math.ceil(group_size / 2))
-    return Groups(centred_BG, std_B1, valid_BG & enough_B1)
+    return Groups(mean_B1, centred_BG, std_B1, valid_BG & enough_B1)
+
+
+def levelled(scores_N: Tensor, valid_N: Tensor, group_size: int, least_std: float) -> Tensor:
+    """The scores [N], in groups whose unbiased std is below ``least_std`` with their mean for every valid sample."""
+    groups = group_statistics(scores_N, valid_N, group_size)
+    level_BG = valid_N.view(-1, group_size) & (groups.std_B1 < least_std)
+    return torch.where(level_BG, groups.mean_B1.to(scores_N.dtype), scores_N.view(-1, group_size)).flatten()
 
 
 def group_relative(judgement: Judgement, group_size: int, spread: str, eps: float, bound: float) -> Advantages:

@@ -89,8 +89,9 @@ def evaluate(
     first = rollout.ranks.rank * per_rank
     mine = [min(number, len(triples) - 1) for number in range(first, first + per_rank)]
     prepared = rollout.prepare(triples, 1, [mine])
-    rollouts = rollout.run(prepared, rewards, purpose="heldout", iteration=0)
+    generated = rollout.generate(prepared, rewards, purpose="heldout", iteration=0)
     losses_N = denoising_losses(prepared, rollout, len(triples))
+    rollouts = rollout.collect(generated, rewards)
     rewards_N = rollouts.scores.combined_N(rewards.recipe.weights)
     shown = range(0, len(triples), math.ceil(len(triples) / recipe.pictures))
     drawn = {
@@ -100,9 +101,10 @@ def evaluate(
         if number in shown
     }
     fills = {number: picture for part in rollout.ranks.gather(drawn) for number, picture in part.items()}
-    if rollout.ranks.rank == 0:
-        of_each = {**rollouts.scores.values, "reward": rewards_N, "loss": losses_N}
-        _write(folder, iteration, triples, rollout.pixels, fills, of_each)
+    with rollout.ranks.together():
+        if rollout.ranks.is_main:
+            of_each = {**rollouts.scores.values, "reward": rewards_N, "loss": losses_N, "area": rollouts.areas_N}
+            _write(folder, iteration, triples, rollout.pixels, fills, of_each)
     return HeldOut(rewards_N, losses_N, rollouts.scores.means(), time.perf_counter() - started)
 
 

@@ -26,9 +26,10 @@ class Preferences:
 def best_and_worst(judgement: Judgement, group_size: int, least_spread: float) -> Preferences:
     """Pick a pair from each group, the first of several equals; a vetoed sample may be the worst, never the best.
 
-    A group holds a preference if the best has a higher utility than the worst and the unbiased standard deviation
-    of all its valid ones is above ``least_spread``, so that equal utilities never make an arbitrary pair. Utilities
-    may be anything where ``valid_N`` is False; a NaN elsewhere leaves its group without weight.
+    A group holds a preference if it has at least max(2, ceil(G / 2)) valid samples, the best a higher utility than
+    the worst, and the valid ones an unbiased standard deviation above ``least_spread``, so that equal utilities never
+    make an arbitrary pair. Utilities may be anything where ``valid_N`` is False; a NaN elsewhere leaves its group
+    without weight.
     """
     utilities_N, valid_N = judgement.utilities_N, judgement.valid_N
     may_win_N = valid_N & ~judgement.vetoed_N
@@ -36,8 +37,9 @@ def best_and_worst(judgement: Judgement, group_size: int, least_spread: float) -
     best_B = first_B + torch.where(may_win_N, utilities_N, -torch.inf).view(-1, group_size).argmax(1)
     worst_B = first_B + torch.where(valid_N, utilities_N, torch.inf).view(-1, group_size).argmin(1)
     differs_B = may_win_N[best_B] & (utilities_N[best_B] > utilities_N[worst_B])
-    spread_B = group_statistics(utilities_N, valid_N, group_size).std_B1.view(-1) > least_spread
-    return Preferences(best_B, worst_B, (differs_B & spread_B).float())
+    groups = group_statistics(utilities_N, valid_N, group_size)
+    judged_B = groups.takes_part_BG.any(1) & (groups.std_B1.view(-1) > least_spread)
+    return Preferences(best_B, worst_B, (differs_B & judged_B).float())
 
 
 def preference_margin_N(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ds_inpaint.errors import InputError
 from ds_inpaint.heldout import masked_and_whole, mean_and_error
 from ds_inpaint.images import read_png, write_grid
 from ds_inpaint.plots import draw_reward_curve
@@ -41,9 +42,21 @@ def draw_results(folder: Path, last: int, name: str, rows: Sequence[Triple], pix
 
 
 def read_values(folder: Path, iteration: int, name: str) -> Tensor:
-    """What an evaluation wrote of each sample [N], such as ``reward`` or ``loss``; NaN where scoring failed."""
-    rows = json.loads((folder / f"{iteration:06d}.json").read_text())
-    return torch.tensor([math.nan if row[name] is None else row[name] for row in rows])
+    """What an evaluation wrote of each sample [N], such as ``reward`` or ``loss``; NaN where scoring failed.
+
+    Raises:
+        InputError: the file is missing or torn, or lacks the name.
+    """
+    file = folder / f"{iteration:06d}.json"
+    try:
+        values = [row[name] for row in json.loads(file.read_text())]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{file} does not hold {name} of every held-out sample ({type(error).__name__}: {error}), so iteration "
+            f"{iteration} cannot be compared with others. Put the file back as it was written, or begin the run anew "
+            f"in another run.dir."
+        ) from error
+    return torch.tensor([math.nan if value is None else value for value in values])
 
 
 def draw_before_after(folder: Path, path: Path, last: int, rows: Sequence[Triple], pixels: tuple[int, int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,8 +36,15 @@ CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 5_000),
 )
 
-AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
-"""Codes of a server that did not answer; it cancels what it cannot finish before it stops."""
+AWAY = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.ABORTED,
+)
+"""Codes of a server that did not answer, or is broken; it cancels what it cannot finish before it stops."""
 
 ADVICE = {
     grpc.StatusCode.UNAUTHENTICATED: "Put the token of the servers into the file rewards.token_file.",
@@ -50,9 +58,15 @@ OTHER_ADVICE = (
     "Check that this address is a ds_inpaint reward server of the same version, with the scorers of this run."
 )
 
+TLS_FAILURE = re.compile(r"tls|ssl|handshake|certificate|verification|to connect .* socket closed", re.IGNORECASE)
+"""In the details of a connection that failed: a server with TLS closes one from a client without."""
+
+PUSHBACK_MS = re.compile(r"\d{1,6}")
+"""Anything else, or longer, is no pause that a server of ours would ask for."""
+
 
 class Away(Exception):
-    """The server did not answer, for the reason that is the message; another one may, or this one later."""
+    """No answer, or none of use, for the reason that is the message; another server may, or this one later."""
 
 
 class Busy(Exception):
@@ -104,16 +118,12 @@ class Security:
         if self.authorities is None:
             return grpc.insecure_channel(address, CHANNEL_OPTIONS)
         credentials = grpc.ssl_channel_credentials(self.authorities, self.private_key, self.certificate)
-        if self.token:
-            credentials = grpc.composite_channel_credentials(
-                credentials, grpc.access_token_call_credentials(self.token)
-            )
         return grpc.secure_channel(address, credentials, CHANNEL_OPTIONS)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What each call must carry besides what the channel adds: gRPC's credentials need TLS."""
-        return (("authorization", f"Bearer {self.token}"),) if self.token and self.authorities is None else ()
+        """What each call carries; gRPC's own credentials for tokens would need TLS on this machine too."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
 
 class Endpoint:
@@ -138,7 +148,7 @@ class Endpoint:
         """The scores of a request.
 
         Raises:
-            Away: no answer came in time.
+            Away: no answer came in time, or the server is broken.
             Busy: the server's queue is full.
             RewardsUnavailable: the server refuses, and would refuse the same request again.
         """
@@ -165,14 +175,26 @@ class Endpoint:
             raise _meaning(error, self.address) from error
 
 
+def absence_advice(reason: str) -> str:
+    """What to do about a server that stayed away for this reason."""
+    if reason.startswith(grpc.StatusCode.DEADLINE_EXCEEDED.name):
+        return "Raise rewards.timeout_seconds if its scorers are slow, or see its log."
+    if TLS_FAILURE.search(reason):
+        return (
+            "Check that rewards.tls_ca, rewards.tls_certificate and rewards.tls_key fit the server, and that it is "
+            "called by a name in its certificate."
+        )
+    return "See its log and start it again."
+
+
 def _meaning(error: grpc.RpcError, address: str) -> Away | Busy | RewardsUnavailable:
     code, reason = error.code(), f"{error.code().name}: {(error.details() or 'no details').rstrip('.')}"
     if code in AWAY:
         return Away(reason)
     # A busy server says when to come back; without that the message is too large, today and tomorrow.
-    pushback_ms = int(dict(error.trailing_metadata() or ()).get("grpc-retry-pushback-ms", -1))
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and pushback_ms >= 0:
-        return Busy(pushback_ms / 1000)
+    pushback_ms = dict(error.trailing_metadata() or ()).get("grpc-retry-pushback-ms", "")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and PUSHBACK_MS.fullmatch(pushback_ms):
+        return Busy(int(pushback_ms) / 1000)
     return RewardsUnavailable(
         f"Reward server {address} refused a request that would fail again: {reason}. {ADVICE.get(code, OTHER_ADVICE)}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -15,18 +15,15 @@ from torch import Tensor
 
 from ds_inpaint.errors import InputError, RewardsUnavailable
 from ds_inpaint.reward_channel import Endpoint, Security
-from ds_inpaint.reward_failover import Server, Servers
-from ds_inpaint.reward_lane import Lane, Room
+from ds_inpaint.reward_failover import Gone, Server, Servers
+from ds_inpaint.reward_lane import Lane
 from ds_inpaint.reward_routes import Route, changed_scorers, plan_routes
 from ds_inpaint.reward_traffic import Traffic, TrafficMeter
 from ds_inpaint.reward_wire import Items
 from ds_inpaint.rewards import Rewards
-from ds_inpaint.scores import Scores, concatenate
+from ds_inpaint.scores import Scores, concatenate, merge_scorers
 
 log = logging.getLogger(__name__)
-
-PENDING_BYTES = 512 << 20
-"""Pixels that one client keeps in memory for requests that are not answered yet; beyond it, ``submit`` waits."""
 
 REASONS_TOLD = 5
 """How many of the reasons for missing scores an error repeats."""
@@ -57,35 +54,28 @@ class RewardClient:
         self._rewards = rewards
         self._servers = servers
         self._meter = meter
-        room = Room(PENDING_BYTES)
-        self._lanes = [Lane(route, rewards, servers, meter, room) for route in routes]
+        self._lanes = [Lane(route, rewards, servers, meter) for route in routes]
         self._pid = os.getpid()
 
     @classmethod
     def connect(cls, rewards: Rewards, addresses: Sequence[str]) -> RewardClient:
         """Wait for every server and find out which of them to ask for which scorer.
 
+        A server that does not answer within ``retry_seconds`` is left out, unless it is needed.
+
         Raises:
             InputError: no server offers a scorer, the servers' versions of one differ, or a file with certificates
                 or the token cannot be used.
-            RewardsUnavailable: a server did not answer within ``retry_seconds``, or refused.
+            RewardsUnavailable: a server refused, or one did not answer and the others lack a scorer.
         """
         meter, security = TrafficMeter(), Security.read(rewards)
         servers = Servers([Endpoint(address, security) for address in dict.fromkeys(addresses)], meter)
-
-        def ask(server: Server) -> reward_pb2.GetServerInfoResponse:
-            return servers.call(
-                [server], lambda endpoint: endpoint.info(rewards.timeout_seconds), rewards.retry_seconds
-            )[1]
-
-        try:
-            with ThreadPoolExecutor(len(servers.all)) as pool:
-                infos = list(pool.map(ask, servers.all))
-            by_address = {server.endpoint.address: info for server, info in zip(servers.all, infos, strict=True)}
-            routes = plan_routes(rewards.names, by_address)
-        except BaseException:
-            servers.close()
-            raise
+        with ThreadPoolExecutor(len(servers.all)) as pool:
+            try:
+                routes = plan_routes(rewards.names, _ask(pool, servers, rewards))
+            except BaseException:
+                servers.close()  # here, or a refusal by one would be told after waiting for the others
+                raise
         meter.read()
         return cls(rewards, servers, routes, meter)
 
@@ -122,7 +112,7 @@ class RewardClient:
         """Begin to score N samples and return while the requests are under way.
 
         The tensors are uint8 on any device; those on a GPU are copied at once, others must stay unchanged until
-        the scores are collected. Waits while ``PENDING_BYTES`` are under way. What goes wrong is raised by ``collect``.
+        the scores are collected. What goes wrong is raised by ``collect``.
 
         Args:
             raw_NHWC: images as decoded, RGB.
@@ -158,7 +148,7 @@ class RewardClient:
             InputError: a sample is too large for the servers.
         """
         routes = [concatenate([part.result() for part in parts]) for parts in pending.routes]
-        return _side_by_side(routes, self._rewards.names)
+        return merge_scorers(routes, self._rewards.names)
 
     def require_enough_valid(self, scores: Scores) -> None:
         """Check the scores of a whole iteration, the same on every rank.
@@ -206,12 +196,21 @@ class RewardClient:
             lane.close()
 
 
-def _side_by_side(routes: Sequence[Scores], names: Sequence[str]) -> Scores:
-    """The scores of the same samples by different scorers as one, the scorers in the given order."""
-    values = {name: scores_N for route in routes for name, scores_N in route.values.items()}
-    return Scores(
-        {name: values[name] for name in names},
-        {name: values_N for route in routes for name, values_N in route.components.items()},
-        torch.stack([route.valid_N for route in routes]).all(0),
-        tuple(message for route in routes for message in route.messages),
-    )
+def _ask(pool: ThreadPoolExecutor, servers: Servers, rewards: Rewards) -> dict[str, reward_pb2.GetServerInfoResponse]:
+    """By address, what the servers offer that are there."""
+
+    def info(server: Server) -> reward_pb2.GetServerInfoResponse:
+        return servers.call([server], lambda endpoint: endpoint.info(rewards.timeout_seconds), rewards.retry_seconds)[1]
+
+    asked = {server.endpoint.address: pool.submit(info, server) for server in servers.all}
+    for future in as_completed(asked.values()):
+        if not isinstance(future.exception(), Gone):
+            future.result()  # tells of a refusal at once
+    absences = {address: error for address, future in asked.items() if (error := future.exception())}
+    infos = {address: future.result() for address, future in asked.items() if address not in absences}
+    offered = {scorer.name for info in infos.values() for scorer in info.scorers}
+    for address, absence in absences.items():
+        if not offered.issuperset(rewards.names):
+            raise absence
+        log.warning("Reward server %s IS NOT USED until the run is started again. %s", address, absence)
+    return infos

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ds_inpaint.errors import RewardsUnavailable
-from ds_inpaint.reward_channel import Away, Busy, Endpoint
+from ds_inpaint.reward_channel import Away, Busy, Endpoint, absence_advice
 from ds_inpaint.reward_traffic import TrafficMeter
 
 log = logging.getLogger(__name__)
@@ -22,9 +22,6 @@ Answer = TypeVar("Answer")
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
 """Between questions after the health of a server that is away; each pause is up to twice the one before."""
-
-KNOWN_SECONDS = 1.0
-"""A server seen away this recently is not asked again by a request that may not wait."""
 
 SHORTEST_PUSHBACK_SECONDS = 0.01
 """A full queue is given at least this long."""
@@ -63,8 +60,12 @@ class _Wait:
     retry_seconds: float
     failing_since: float | None = None
     busy_since: float | None = None
+    missed: dict[Server, float] = field(default_factory=dict)
+    """Servers that did not answer it, and when each was first found not to."""
     failed: set[Server] = field(default_factory=set)
-    """Servers whose last chance it was."""
+    """Servers that did not answer it when the budget was spent."""
+    elsewhere: bool = False
+    """Whether it went to another server because one was gone."""
 
     def fails(self, now: float) -> None:
         self.failing_since = now if self.failing_since is None else self.failing_since
@@ -72,20 +73,18 @@ class _Wait:
     def spent(self, now: float) -> bool:
         return self.failing_since is not None and now - self.failing_since >= self.retry_seconds
 
-    def known_away(self, server: Server) -> bool:
-        assert self.failing_since is not None
-        return server.away_since is not None and server.failed_at >= self.failing_since - KNOWN_SECONDS
-
-    def hopeless(self, now: float) -> bool:
-        """Whether the budget is spent and no server is left that this request could still try."""
-        return self.spent(now) and all(server in self.failed or self.known_away(server) for server in self.servers)
+    def candidates(self) -> list[Server]:
+        """The servers that are there; those that failed this request only where there is no other."""
+        present = [server for server in self.servers if server.away_since is None and server not in self.failed]
+        return [server for server in present if server not in self.missed] or present
 
 
 class Servers:
     """The servers of a run, for use by many threads.
 
     A request goes to the server that is there and has the fewest of this process's requests. One that did not
-    answer is away: it gets no requests until it calls itself healthy. While all are away, requests wait.
+    answer is away: it gets no requests until it calls itself healthy, and then one that it failed before only if no
+    other server is there. While all are away, requests wait.
     """
 
     def __init__(self, endpoints: Sequence[Endpoint], meter: TrafficMeter) -> None:
@@ -106,7 +105,7 @@ class Servers:
         Args:
             servers: those of ``all`` that can answer it.
             send: makes the call.
-            retry_seconds: how long all of them may stay away; with 0 each is still asked once.
+            retry_seconds: how long all of them may stay away; with 0, none that is away is waited for.
 
         Returns:
             who answered, and what.
@@ -121,7 +120,7 @@ class Servers:
             gone = False
             try:
                 answer = send(server.endpoint)
-                self._answered(server)
+                self._answered(server, wait)
                 return server.endpoint, answer
             except Away as absence:
                 gone = True
@@ -132,7 +131,9 @@ class Servers:
                 with self._changed:
                     server.in_flight -= 1
             before, server = server, self._take(wait)
-            self._meter.repeated(elsewhere=gone and server is not before)
+            elsewhere = gone and server is not before
+            wait.elsewhere |= elsewhere
+            self._meter.repeated(elsewhere)
 
     def close(self) -> None:
         """Give up the requests under way and disconnect."""
@@ -151,10 +152,10 @@ class Servers:
                 now = time.monotonic()
                 if all(server.away_since is not None for server in wait.servers):
                     wait.fails(now)
-                _stop_waiting_in_vain(wait, now)
                 self._probe_due(wait, now)  # which may have its answer already when it returns
-                present = [server for server in wait.servers if server.away_since is None]
-                if free := [each for each in present if each.busy_until <= now and each not in wait.failed]:
+                candidates = wait.candidates()
+                _stop_waiting_in_vain(wait, candidates, now)
+                if free := [server for server in candidates if server.busy_until <= now]:
                     chosen = min(free, key=lambda server: (server.in_flight, server.last_used))
                     chosen.in_flight += 1
                     chosen.last_used = next(self._uses)
@@ -163,8 +164,7 @@ class Servers:
 
     def _probe_due(self, wait: _Wait, now: float) -> None:
         for server in wait.servers:
-            last_chance = wait.spent(now) and not wait.known_away(server)
-            if server.away_since is not None and not server.probing and (now >= server.next_probe or last_chance):
+            if server.away_since is not None and not server.probing and now >= server.next_probe:
                 server.probing = True
                 server.endpoint.probe(functools.partial(self._probed, server))
 
@@ -179,14 +179,17 @@ class Servers:
                 server.away_since = None
             self._changed.notify_all()
 
-    def _answered(self, server: Server) -> None:
+    def _answered(self, server: Server, wait: _Wait) -> None:
         with self._changed:
             server.failures = 0
+        if wait.elsewhere:
+            self._meter.failed_over(time.monotonic() - min(wait.missed.values()))
 
     def _missed(self, server: Server, reason: str, wait: _Wait) -> None:
         with self._changed:
             now = time.monotonic()
             wait.fails(now)
+            wait.missed.setdefault(server, now)
             if wait.spent(now):
                 wait.failed.add(server)
             # Once, and not for each of the requests that a server leaves unanswered, or that closing cancels.
@@ -219,17 +222,17 @@ def _pause_seconds(wait: _Wait, now: float) -> float:
     return min((moment - now for moment in due if moment > now), default=LONGEST_PAUSE_SECONDS)
 
 
-def _stop_waiting_in_vain(wait: _Wait, now: float) -> None:
+def _stop_waiting_in_vain(wait: _Wait, candidates: Sequence[Server], now: float) -> None:
     addresses = ", ".join(server.endpoint.address for server in wait.servers)
     if wait.busy_since is not None and now - wait.busy_since > BUSY_SECONDS:
         raise Gone(
             f"The queues of the reward servers {addresses} were full for {now - wait.busy_since:.0f} s. Start more "
             "servers, give them longer queues, or let fewer ranks sample at a time."
         )
-    if wait.failing_since is not None and wait.hopeless(now):
+    if wait.failing_since is not None and wait.spent(now) and not candidates:
         last = max(wait.servers, key=lambda server: server.failed_at)
         raise Gone(
             f"No reward server among {addresses} answered; the last one failed for {now - wait.failing_since:.1f} s "
-            f"with {last.reason}. See its log, start it again and resume the run; rewards.retry_seconds, now "
+            f"with {last.reason}. {absence_advice(last.reason)} Then resume the run; rewards.retry_seconds, now "
             f"{wait.retry_seconds:g}, is how long a server may stay away."
         )

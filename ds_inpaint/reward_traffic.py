@@ -22,6 +22,8 @@ class Traffic:
     """Times that a request was sent again."""
     failovers: int = 0
     """How many of them went to another server because the one before was gone."""
+    failover_seconds: list[float] = field(default_factory=list)
+    """For each request that did and was answered: from when its first server was found gone to its answer."""
 
 
 def metrics(parts: Sequence[Traffic]) -> dict[str, float]:
@@ -29,6 +31,7 @@ def metrics(parts: Sequence[Traffic]) -> dict[str, float]:
 
     ``rewards/latency_p50`` and ``_p95`` are seconds per request, ``rewards/queue_ms`` and ``rewards/compute_ms`` what
     the servers say about it, on average; ``rewards/bytes_sent``, ``rewards/retries`` and ``rewards/failovers`` totals.
+    ``rewards/failover_seconds_max`` is the largest of the ``failover_seconds``, 0.0 where there are none.
     """
     seconds = torch.tensor([each for part in parts for each in part.seconds])
     if len(seconds) == 0:
@@ -41,6 +44,7 @@ def metrics(parts: Sequence[Traffic]) -> dict[str, float]:
         "rewards/bytes_sent": float(sum(part.bytes_sent for part in parts)),
         "rewards/retries": float(sum(part.retries for part in parts)),
         "rewards/failovers": float(sum(part.failovers for part in parts)),
+        "rewards/failover_seconds_max": max((each for part in parts for each in part.failover_seconds), default=0.0),
     }
 
 
@@ -61,6 +65,11 @@ class TrafficMeter:
         with self._lock:
             self._traffic.retries += 1
             self._traffic.failovers += elsewhere
+
+    def failed_over(self, seconds: float) -> None:
+        """A request that went elsewhere was answered, so long after its first server was found gone."""
+        with self._lock:
+            self._traffic.failover_seconds.append(seconds)
 
     def answered(self, seconds: float, queue_ms: float, compute_ms: float) -> None:
         """A request was answered."""

@@ -10,7 +10,7 @@ import torch
 from ds_inpaint_protos.reward.v1 import reward_pb2
 from torch import Tensor
 
-from ds_inpaint.reward_routes import Route
+from ds_inpaint.reward_routes import SHORT, Offered, Route
 from ds_inpaint.scores import Scores
 
 ITEM_OVERHEAD_BYTES = 64
@@ -33,11 +33,6 @@ class Items:
         pixels = sum(tensor[0].numel() for tensor in self.tensors.values())
         strings = zip(self.prompts, self.sample_ids, self.group_ids, strict=True)
         return pixels + max(sum(len(text.encode()) for text in texts) for texts in strings) + ITEM_OVERHEAD_BYTES
-
-    @property
-    def size_bytes(self) -> int:
-        """What the tensors of all items take."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def only(self, fields: Collection[str]) -> Items:
         """The items without other request fields than these."""
@@ -72,19 +67,29 @@ def write_request(items: Items, fingerprints: Mapping[str, str]) -> reward_pb2.S
     return request
 
 
+def scorers_that_failed(response: reward_pb2.ScoreResponse) -> list[str]:
+    """The scorers that failed on every item, which tells of a sick server rather than of the items."""
+    return [
+        result.scorer for result in response.results if set(result.statuses) == {reward_pb2.ITEM_STATUS_SCORER_ERROR}
+    ]
+
+
 def read_response(
-    response: reward_pb2.ScoreResponse, sample_ids: Sequence[str], scorers: Sequence[str], required: Collection[str]
+    response: reward_pb2.ScoreResponse,
+    sample_ids: Sequence[str],
+    scorers: Mapping[str, Offered],
+    required: Collection[str],
 ) -> Scores:
     """The scores in a response to a request about these samples.
 
     Args:
         response: what a server answered.
         sample_ids: the samples it was asked about.
-        scorers: those that it was asked for.
+        scorers: those that it was asked for, as they were offered.
         required: scorers without which a sample is not valid.
 
     Raises:
-        ValueError: the response is not about these scorers and samples.
+        ValueError: the response is not about these scorers and samples, or contradicts itself.
     """
     answered = [result.scorer for result in response.results]
     if answered != list(scorers):
@@ -92,11 +97,12 @@ def read_response(
     valid_N = torch.ones(len(sample_ids), dtype=torch.bool)
     values, components, messages = {}, {}, []
     for result in response.results:
-        lists = (result.scores, result.statuses, result.messages, *(c.values for c in result.components))
-        if any(len(entries) != len(sample_ids) for entries in lists):
-            raise ValueError(f"{result.scorer} did not answer for each of the {len(sample_ids)} items")
+        _check_result(result, len(sample_ids), scorers[result.scorer])
         ok_N = torch.tensor([status == reward_pb2.ITEM_STATUS_OK for status in result.statuses])
-        values[result.scorer] = torch.tensor(result.scores).masked_fill(~ok_N, torch.nan)
+        scores_N = torch.tensor(result.scores)
+        if not torch.equal(scores_N.isfinite(), ok_N):
+            raise ValueError(f"{result.scorer} contradicts itself about which items have a score")
+        values[result.scorer] = scores_N.masked_fill(~ok_N, torch.nan)
         for component in result.components:
             components[f"{result.scorer}/{component.name}"] = torch.tensor(component.values)
         if result.scorer in required:
@@ -105,6 +111,19 @@ def read_response(
             f"{sample_ids[i]}: {result.scorer}: {result.messages[i]}" for i in (~ok_N).nonzero().flatten().tolist()
         ]
     return Scores(values, components, valid_N, tuple(messages))
+
+
+def _check_result(result: reward_pb2.ScorerResult, count: int, offered: Offered) -> None:
+    if result.fingerprint != offered.fingerprint:
+        raise ValueError(
+            f"{result.scorer} has fingerprint {result.fingerprint[:SHORT]}, not {offered.fingerprint[:SHORT]}"
+        )
+    components = tuple(component.name for component in result.components)
+    if components != offered.components:
+        raise ValueError(f"{result.scorer} has components {components}, not {offered.components}")
+    lists = (result.scores, result.statuses, result.messages, *(each.values for each in result.components))
+    if any(len(entries) != count for entries in lists):
+        raise ValueError(f"{result.scorer} did not answer for each of the {count} items")
 
 
 def no_scores(route: Route, sample_ids: Sequence[str], reason: str) -> Scores:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ds_inpaint.advantages import Judgement, group_metrics
+from ds_inpaint.advantages import Judgement, group_metrics, levelled
 from ds_inpaint.combiners.weighted_sum import WeightedSum
 from ds_inpaint.keys import REQUIRED, Impossible, door, key
 from ds_inpaint.ranks import rank_correlation
@@ -21,6 +21,12 @@ from ds_inpaint.scores import Scores
 EMBEDDED = "embedded"
 
 ADDRESS = re.compile(r"[^\s/]+:\d+")
+
+TAKEN = re.compile(
+    "id|prompt|area|reward|reward_error|loss|loss_error"
+    "|mean|std|group_std|invalid_fraction|silent_groups|vetoed_fraction|.+_masks"
+)
+"""What stands beside the scorers in the rows of an evaluation's samples, and in the metrics reward/ and heldout/."""
 
 
 class Combiner(Protocol):
@@ -50,6 +56,12 @@ class Rewards:
 
     scorers: dict[str, float] = key(
         REQUIRED, "Weight of each scorer in the reward; a scorer of weight 0 is only tracked."
+    )
+    floors: dict[str, float] = key(
+        dict,
+        "Least std of a scorer; in a group where its raw scores have a smaller one it tells nothing, and counts as "
+        "equal for all.",
+        at_least=0,
     )
     guards: dict[str, float] = key(
         dict, "Least raw score of a scorer; a sample below it may be trained away from, never towards."
@@ -88,12 +100,7 @@ class Rewards:
         """Check what spans several keys, or several values of one."""
         if not any(self.scorers.values()):
             raise Impossible("scorers", f"found {self.scorers}; at least one scorer must have a weight other than 0.")
-        if learned := [name for name in self.holdout if name in self.required]:
-            raise Impossible(
-                "holdout",
-                f"found {', '.join(learned)}, which rewards.scorers weighs or rewards.guards names; a hold-out must "
-                f"stand outside of training. Take it out of one of them.",
-            )
+        self._check_names()
         self.combine.check(self.weights)
         self._check_security()
         if self.servers == EMBEDDED:
@@ -102,6 +109,27 @@ class Rewards:
             raise Impossible(
                 "servers",
                 f"found {self.servers}; name at least one HOST:PORT such as 127.0.0.1:50051, or write embedded.",
+            )
+
+    def _check_names(self) -> None:
+        for key_name, names in (("scorers", self.scorers), ("guards", self.guards), ("holdout", self.holdout)):
+            if taken := [name for name in names if TAKEN.fullmatch(name)]:
+                raise Impossible(
+                    key_name,
+                    f"found {taken[0]}, but metrics and columns of that name are something else. Have the scorer "
+                    f"served under another, as ANOTHER={taken[0]}, and name that here.",
+                )
+        if strangers := [name for name in self.floors if name not in self.weights]:
+            raise Impossible(
+                "floors",
+                f"found {', '.join(strangers)}, which rewards.scorers does not reward; name some of "
+                f"{', '.join(self.weights)}.",
+            )
+        if learned := [name for name in self.holdout if name in self.required]:
+            raise Impossible(
+                "holdout",
+                f"found {', '.join(learned)}, which rewards.scorers weighs or rewards.guards names; a hold-out must "
+                f"stand outside of training. Take it out of one of them.",
             )
 
     def _check_security(self) -> None:
@@ -147,7 +175,11 @@ class Rewards:
 
     def judge(self, scores: Scores, areas_N: Tensor, group_size: int) -> Judgement:
         """What the samples of an iteration are worth to an algorithm; for the arguments see ``Combiner``."""
-        utilities_N = self.combine.utilities_N(scores, self.weights, areas_N, group_size)
+        values = scores.values | {
+            name: levelled(scores.values[name], scores.valid_N, group_size, least_std)
+            for name, least_std in self.floors.items()
+        }
+        utilities_N = self.combine.utilities_N(replace(scores, values=values), self.weights, areas_N, group_size)
         vetoed_N = torch.zeros_like(scores.valid_N)
         for name, least in self.guards.items():
             vetoed_N |= scores.values[name] < least

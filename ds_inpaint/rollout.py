@@ -16,7 +16,7 @@ from ds_inpaint.gaussian import Schedule
 from ds_inpaint.noise import sample_noise
 from ds_inpaint.pixels import paste_known, to_bytes
 from ds_inpaint.regions import EVERYWHERE, Focus
-from ds_inpaint.reward_client import RewardClient
+from ds_inpaint.reward_client import Pending, RewardClient
 from ds_inpaint.reward_traffic import metrics
 from ds_inpaint.scores import Scores, concatenate, sample_order
 from ds_inpaint.values import Batch, Condition, Policy, Triple
@@ -65,6 +65,23 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Generated:
+    """The samples of this rank while they are being scored."""
+
+    prepared: Prepared
+    parts: list[list[Chunk]]
+    """Micro-batches, one list per update."""
+    pending: list[Pending]
+    """One for each micro-batch."""
+    seconds: float
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """All micro-batches."""
+        return [chunk for part in self.parts for chunk in part]
+
+
+@dataclass(frozen=True)
 class Rollouts:
     """The samples of this rank and the scores of all of them."""
 
@@ -74,8 +91,8 @@ class Rollouts:
     """Of all N samples over all ranks, in sample order; the same on every rank."""
     areas_N: Tensor
     """Share of the pixels that each sample had to fill, likewise of all N."""
-    seconds: dict[str, float]
-    """Entries for the metrics file: how long it took, and what the requests to the reward servers cost."""
+    metrics: dict[str, float]
+    """How long it took, and what the requests to the reward servers cost."""
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -129,7 +146,7 @@ class Rollout:
             conditions = [self.policy.encode(batch.rows(slice(row, row + 1))) for row in range(len(owners))]
         return Prepared(group_size, parts, tuple(owners), batch, Condition.concatenate(conditions))
 
-    def run(
+    def generate(
         self,
         prepared: Prepared,
         rewards: RewardClient,
@@ -139,8 +156,8 @@ class Rollout:
         record: Sequence[int] = (),
         focus: Callable[[Tensor], Focus] = lambda holes_n1HW: EVERYWHERE,
         same_start: bool = False,
-    ) -> Rollouts:
-        """Generate and score this rank's samples; scoring overlaps the generation of later micro-batches.
+    ) -> Generated:
+        """Generate this rank's samples; each micro-batch is scored while the next ones are made, and after.
 
         Args:
             prepared: the samples; a micro-batch never spans two parts.
@@ -149,40 +166,45 @@ class Rollout:
             record: sampler steps to keep for training, ascending.
             focus: where to draw noise and take log-probs, given the micro-batch's holes, bool [n, 1, H, W].
             same_start: whether a group starts from one initial noise.
+        """
+        started = time.perf_counter()
+        plan = prepared.micro_batches(self.micro_batch)
+        forwards = sum(map(len, plan)) * len(self.schedule.times_T)
+        self.ranks.agree(purpose, samples=sum(map(len, prepared.parts)), forwards=forwards)
+        pending = []
+
+        def chunk_of(numbers: tuple[int, ...]) -> Chunk:
+            noise = self._noise(numbers, purpose, iteration, prepared.group_size if same_start else 1)
+            chunk = self._generate(prepared, numbers, noise, record, focus)
+            pending.append(rewards.submit(**_request(chunk, prepared)))
+            return chunk
+
+        parts = [[chunk_of(numbers) for numbers in part] for part in plan]
+        return Generated(prepared, parts, pending, time.perf_counter() - started)
+
+    def collect(self, generated: Generated, rewards: RewardClient) -> Rollouts:
+        """Wait for the scores of all ranks' samples. What needs no scores is best done before.
 
         Raises:
             RewardsUnavailable: on all ranks together, whichever rank met it.
         """
         started = time.perf_counter()
-        plan = prepared.micro_batches(self.micro_batch)
-        samples = [sample for part in prepared.parts for sample in part]
-        forwards = sum(map(len, plan)) * len(self.schedule.times_T)
-        self.ranks.agree(purpose, samples=len(samples), forwards=forwards)
-        tickets = []
-
-        def chunk_of(numbers: tuple[int, ...]) -> Chunk:
-            noise = self._noise(numbers, purpose, iteration, prepared.group_size if same_start else 1)
-            chunk = self._generate(prepared, numbers, noise, record, focus)
-            tickets.append(rewards.submit(**_request(chunk, prepared)))
-            return chunk
-
-        chunks = [[chunk_of(numbers) for numbers in part] for part in plan]
-        generated = time.perf_counter()
         with self.ranks.together():
-            scores = [rewards.collect(ticket) for ticket in tickets]
+            scores = concatenate([rewards.collect(pending) for pending in generated.pending])
+        prepared = generated.prepared
+        samples = [sample for part in prepared.parts for sample in part]
         areas = prepared.batch.holes_B1HW.float().mean((1, 2, 3))[prepared.rows_n(samples)]
-        everyone = self.ranks.gather((samples, concatenate(scores), areas, rewards.traffic()))
+        everyone = self.ranks.gather((samples, scores, areas, rewards.traffic()))
         order_N = sample_order([number for numbers, *_ in everyone for number in numbers])
         total = concatenate([part for _, part, *_ in everyone]).rows(order_N)
         rewards.require_enough_valid(total)
-        finished = time.perf_counter()
         return Rollouts(
-            chunks,
+            generated.parts,
             total,
             torch.cat([part for _, _, part, _ in everyone])[order_N],
             {
-                "seconds/rollout": generated - started,
-                "seconds/rewards": finished - generated,
+                "seconds/rollout": generated.seconds,
+                "seconds/rewards": time.perf_counter() - started,
                 **metrics([traffic for *_, traffic in everyone]),
             },
         )

@@ -36,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe keys to change")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    is_main = int(os.environ.get("RANK", 0)) == 0
-    if not is_main:
-        logging.getLogger("ds_inpaint").setLevel(logging.ERROR)  # rank 0 warns for all
+    rank = int(os.environ.get("RANK", 0))
+    is_main = rank == 0
+    logging.basicConfig(format=f"%(asctime)s rank {rank} %(name)s: %(message)s")
+    logging.getLogger("ds_inpaint").setLevel(logging.INFO if is_main else logging.ERROR)  # rank 0 warns for all
     try:
         _run(options.recipe, options.overrides)
     except DsInpaintError as error:

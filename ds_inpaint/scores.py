@@ -62,6 +62,17 @@ def concatenate(parts: Sequence[Scores]) -> Scores:
     )
 
 
+def merge_scorers(parts: Sequence[Scores], names: Sequence[str]) -> Scores:
+    """The scores of the same samples by different scorers as one, the scorers in the given order."""
+    values = {name: values_N for part in parts for name, values_N in part.values.items()}
+    return Scores(
+        {name: values[name] for name in names},
+        {name: values_N for part in parts for name, values_N in part.components.items()},
+        torch.stack([part.valid_N for part in parts]).all(0),
+        tuple(message for part in parts for message in part.messages),
+    )
+
+
 def sample_order(numbers: Sequence[int]) -> Tensor:
     """Where samples 0 to N - 1 stand among ``numbers``, int64 [N]; a repeated sample counts once."""
     place = {number: index for index, number in enumerate(numbers)}

@@ -245,9 +245,10 @@ class TrainingRun:
                 self.folder / "samples",
                 progress.done,
             )
-        if not self.ranks.is_main:  # the scores of every sample lie where rank 0 wrote them
-            return heldout.metrics()
-        alarms = holdout_alarms(self.folder / "samples", progress.done, self.recipe.rewards.holdout)
+        alarms = {}
+        with self.ranks.together():
+            if self.ranks.is_main:  # the scores of every sample lie where it wrote them
+                alarms = holdout_alarms(self.folder / "samples", progress.done, self.recipe.rewards)
         return {**heldout.metrics(), **alarms}
 
     def evaluate_if_cut_short(self) -> None:

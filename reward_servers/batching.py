@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from reward_servers.errors import RequestRefused
+from reward_servers.errors import RequestRefused, ServerFailed
 from reward_servers.jobs import Job, Outcome
 from reward_servers.limits import Limits
 from reward_servers.stats import Stats
@@ -70,14 +70,16 @@ class Batcher:
             compute: makes, from jobs of equal kinds, one outcome per scorer for all their items in order.
             thread: where ``compute`` is called, one batch at a time.
             limits: bounds of queue and batches.
-            stats: is told of items in the queue, batches and dropped requests.
+            stats: is told of batches and dropped requests.
         """
         self._compute = compute
         self._thread = thread
         self._limits = limits
         self._stats = stats
         self._waiting: list[_Entry] = []
-        self._bytes = 0  # of the jobs that wait or are computed, as stats.queue_items
+        self.queue_items = 0
+        """Items that wait or are computed."""
+        self._bytes = 0  # of these items
         self._changed = asyncio.Event()
         self._left = asyncio.Event()
         self._items_per_second = 0.0
@@ -92,14 +94,16 @@ class Batcher:
             seconds_left: until the deadline of the call; None without one.
 
         Raises:
-            RequestRefused: the queue is full, or computing went wrong as a whole.
+            RequestRefused: the queue is full, computing went wrong as a whole, or nothing is computed any more.
             CancelledError: the call was cancelled or is past its deadline.
         """
+        if self._worker.done():
+            raise _stopped()
         self._require_room(job)
         expires = math.inf if seconds_left is None else time.monotonic() + seconds_left
         entry = _Entry(job, arrived, expires, asyncio.get_running_loop().create_future())
         self._waiting.append(entry)
-        self._stats.queue_items += job.count
+        self.queue_items += job.count
         self._bytes += job.num_bytes
         self._changed.set()
         try:
@@ -110,28 +114,35 @@ class Batcher:
 
     async def settle(self) -> None:
         """Wait until no job waits or is computed."""
-        while self._stats.queue_items:
+        while self.queue_items:
             self._left.clear()
             await self._left.wait()
 
     async def close(self) -> None:
-        """Stop taking jobs out of the queue; a batch that is being computed is finished, but not answered."""
+        """Refuse what waits; a batch that is being computed is finished, but not answered."""
         self._worker.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._worker
+        await asyncio.wait([self._worker])
+
+    async def wait_for_failure(self) -> None:
+        """Wait until nothing is computed any more, and raise what the reason is.
+
+        Raises:
+            ServerFailed: ``compute`` raised it; any other exception is a fault of the queue itself.
+        """
+        await asyncio.shield(self._worker)
 
     def _require_room(self, job: Job) -> None:
-        items = self._stats.queue_items + job.count - self._limits.max_queue_items
+        items = self.queue_items + job.count - self._limits.max_queue_items
         num_bytes = self._bytes + job.num_bytes - self._limits.max_queue_bytes
         if items <= 0 and num_bytes <= 0:
             return
         # As many items have to leave the queue as there are too many, or as hold the bytes that are too many.
-        leaving = max(items, num_bytes / max(self._bytes, 1) * self._stats.queue_items)
+        leaving = max(items, num_bytes / max(self._bytes, 1) * self.queue_items)
         shortest, longest = RETRY_MS
         wait_ms = 1000 * leaving / self._items_per_second if self._items_per_second else FIRST_RETRY_MS
         raise RequestRefused(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
-            f"The queue is full: it holds {self._stats.queue_items} of {self._limits.max_queue_items} items and "
+            f"The queue is full: it holds {self.queue_items} of {self._limits.max_queue_items} items and "
             f"{self._bytes} of {self._limits.max_queue_bytes} bytes, too many for {job.count} items of "
             f"{job.num_bytes} bytes more. Try again later.",
             retry_after_ms=round(min(max(wait_ms, shortest), longest)),
@@ -151,14 +162,19 @@ class Batcher:
         self._changed.set()
 
     def _leave(self, entries: Sequence[_Entry]) -> None:
-        self._stats.queue_items -= sum(entry.job.count for entry in entries)
+        self.queue_items -= sum(entry.job.count for entry in entries)
         self._bytes -= sum(entry.job.num_bytes for entry in entries)
         self._left.set()
 
     async def _work(self) -> None:
-        while True:
-            # No variable may hold the batch while the next one is awaited: it would keep its images alive.
-            await self._answer(await self._next_batch())
+        try:
+            while True:
+                # No variable may hold the batch while the next one is awaited: it would keep its images alive.
+                await self._answer(await self._next_batch())
+        finally:
+            waiting, self._waiting = self._waiting, []
+            self._leave(waiting)
+            _refuse(waiting, _stopped())
 
     async def _next_batch(self) -> list[_Entry]:
         while True:
@@ -191,26 +207,44 @@ class Batcher:
     async def _answer(self, batch: Sequence[_Entry]) -> None:
         started = time.monotonic()
         jobs = [entry.job for entry in batch]
-        items = sum(job.count for job in jobs)
         try:
             outcomes = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, jobs)
-        except Exception as error:  # a failure outside of any scorer, which must not end the queue
-            log.exception("Computing a batch of %d items failed: %s.", items, type(error).__name__)
-            refusal = RequestRefused(grpc.StatusCode.INTERNAL, "Computing the batch failed; see the server's log.")
-            for entry in batch:
-                if not entry.answer.done():
-                    entry.answer.set_exception(refusal)
+            answers = self._answers(batch, outcomes, started)
+        except Exception as error:  # a failure outside of any scorer; unless the device is lost, the queue goes on
+            log.exception("Computing a batch of %d request(s) failed: %s.", len(batch), type(error).__name__)
+            # Not UNAVAILABLE: what brought a device down must not be sent to the next server.
+            sentence = "Computing the batch failed; see the server's log."
+            _refuse(batch, RequestRefused(grpc.StatusCode.INTERNAL, sentence))
+            if isinstance(error, ServerFailed):
+                raise
             return
         finally:
             self._leave(batch)
+        for entry, answer in zip(batch, answers, strict=True):
+            if not entry.answer.done():  # as it is when the call was cancelled meanwhile
+                entry.answer.set_result(answer)
+
+    def _answers(self, batch: Sequence[_Entry], outcomes: Sequence[Outcome], started: float) -> list[Answer]:
+        """Everybody's part of what came of a batch, which is counted."""
         seconds = time.monotonic() - started
-        recent = items / max(seconds, 1e-6)
-        self._items_per_second += (recent - self._items_per_second) * (RECENT if self._items_per_second else 1.0)
-        for loaded, outcome in zip(jobs[0].scorers, outcomes, strict=True):
-            self._stats.add(loaded.name, outcome)
-        first = 0
+        items = sum(entry.job.count for entry in batch)
+        answers, first = [], 0
         for entry in batch:
             rows = [outcome.rows(first, first + entry.job.count) for outcome in outcomes]
             first += entry.job.count
-            if not entry.answer.done():  # as it is when the call was cancelled meanwhile
-                entry.answer.set_result(Answer(rows, 1000 * (started - entry.arrived), 1000 * seconds, items))
+            answers.append(Answer(rows, 1000 * (started - entry.arrived), 1000 * seconds, items))
+        for loaded, outcome in zip(batch[0].job.scorers, outcomes, strict=True):
+            self._stats.add(loaded.name, outcome)
+        recent = items / max(seconds, 1e-6)
+        self._items_per_second += (recent - self._items_per_second) * (RECENT if self._items_per_second else 1.0)
+        return answers
+
+
+def _stopped() -> RequestRefused:
+    return RequestRefused(grpc.StatusCode.UNAVAILABLE, "This server is stopping.")
+
+
+def _refuse(entries: Sequence[_Entry], refusal: RequestRefused) -> None:
+    for entry in entries:
+        if not entry.answer.done():  # as it is when the call was cancelled meanwhile
+            entry.answer.set_exception(refusal)

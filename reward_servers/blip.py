@@ -6,7 +6,6 @@ The encoders may run in half precision; the head is fp32.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,16 @@ from transformers import AutoTokenizer, BlipConfig, BlipTextModel, BlipVisionMod
 
 from reward_servers.errors import SetupError
 from reward_servers.settings import PRECISIONS
+from reward_servers.weights import check_model_type
 
 PROMPT_TOKENS = 35
 EXTRA_TOKENS = 2
 """BLIP adds two words to BERT's vocabulary, which no prompt contains; a tokenizer may lack them."""
+
+HINT = (
+    "Make an ImageReward from the published file with python -m reward_servers convert imagereward FILE FOLDER "
+    "--tokenizer FOLDER."
+)
 
 
 class RewardModel(nn.Module):
@@ -70,14 +75,11 @@ def load_blip(folder: Path, precision: str, device: torch.device) -> Blip:
     Raises:
         SetupError: the folder holds something else, or lacks the tokenizer.
     """
-    file, settings = folder / "model.safetensors", folder / "config.json"
-    kind = json.loads(settings.read_text()).get("model_type") if settings.is_file() else None
+    check_model_type(folder, "blip", HINT)
+    file = folder / "model.safetensors"
     tensors = load_file(file) if file.is_file() else {}
-    if kind != "blip" or "head.weight" not in tensors:
-        raise SetupError(
-            f"{folder} does not hold an ImageReward. Make it from the published file with "
-            "python -m reward_servers convert imagereward FILE FOLDER --tokenizer FOLDER."
-        )
+    if "head.weight" not in tensors:
+        raise SetupError(f"{file} does not hold an ImageReward. {HINT}")
     model = RewardModel(BlipConfig.from_pretrained(folder, local_files_only=True))
     model.load_state_dict(tensors)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -7,7 +7,6 @@ differences between pictures of one prompt would drown in rounding.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,8 @@ from transformers import AutoTokenizer, CLIPModel
 from reward_servers.errors import SetupError
 from reward_servers.scorer import Inputs
 from reward_servers.settings import PRECISIONS, check_choice
-from reward_servers.views import RESIZES, VIEWS, see
+from reward_servers.views import RESIZES, VIEWS, preprocess
+from reward_servers.weights import check_model_type
 
 PROMPT_TOKENS = 77
 MOST_PROMPTS = 4096
@@ -47,7 +47,7 @@ class Clip:
     tokenizer: Any
     dtype: torch.dtype
     """What the towers compute in."""
-    kept: dict[str, Tensor] = field(default_factory=dict, init=False)
+    text_cache: dict[str, Tensor] = field(default_factory=dict, init=False)
     """Prompt to its embedding [D], the one used longest ago first."""
 
     @property
@@ -69,7 +69,7 @@ class Clip:
             resize: a key of ``views.RESIZES``.
         """
         return inputs.once(
-            (self, view, resize), lambda: self._embed_images(see(inputs, view, resize, self._image_size))
+            (self, view, resize), lambda: self._embed_images(preprocess(inputs, view, resize, self._image_size))
         )
 
     def text_embeddings(self, prompts: Sequence[str]) -> Tensor:
@@ -78,14 +78,14 @@ class Clip:
         Only prompts that are not among the last ``MOST_PROMPTS`` are computed, equal ones once.
         """
         distinct = dict.fromkeys(prompts)
-        if new := [prompt for prompt in distinct if prompt not in self.kept]:
-            # Clones, so that dropping a prompt frees its memory.
-            self.kept.update((prompt, row.clone()) for prompt, row in zip(new, self._embed_texts(new), strict=True))
+        if new := [prompt for prompt in distinct if prompt not in self.text_cache]:
+            for prompt, embedding_D in zip(new, self._embed_texts(new), strict=True):
+                self.text_cache[prompt] = embedding_D.clone()  # so that dropping a prompt frees its memory
         for prompt in distinct:
-            self.kept[prompt] = self.kept.pop(prompt)
-        embeddings = torch.stack([self.kept[prompt] for prompt in prompts])
-        for prompt in list(self.kept)[:-MOST_PROMPTS]:
-            del self.kept[prompt]
+            self.text_cache[prompt] = self.text_cache.pop(prompt)
+        embeddings = torch.stack([self.text_cache[prompt] for prompt in prompts])
+        for prompt in list(self.text_cache)[:-MOST_PROMPTS]:
+            del self.text_cache[prompt]
         return embeddings
 
     @property
@@ -112,7 +112,7 @@ def load_clip(folder: Path, precision: str, device: torch.device) -> Clip:
     Raises:
         SetupError: the folder holds another model, or lacks weights or the tokenizer.
     """
-    _check_is_clip(folder)
+    check_model_type(folder, "clip", "A CLIP in safetensors is needed.")
     try:
         model, report = CLIPModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -128,17 +128,6 @@ def load_clip(folder: Path, precision: str, device: torch.device) -> Clip:
     model.vision_model.to(dtype)
     model.text_model.to(dtype)
     return Clip(model, tokenizer, dtype)
-
-
-def _check_is_clip(folder: Path) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise SetupError(f"{folder} holds no CLIP: there is no config.json in it.")
-    kind = json.loads(config.read_text()).get("model_type")
-    if kind != "clip":
-        raise SetupError(
-            f"{config} describes a model of type {kind!r}, but a CLIP (model_type 'clip', safetensors) is needed."
-        )
 
 
 def _check_tokenizer(tokenizer: Any, text_config: Any, folder: Path) -> None:

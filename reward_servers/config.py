@@ -4,7 +4,7 @@
     tls_certificate: server.pem
     scorers:
       seam:
-      crop_clip: {scorer: clip_score, region: mask_crop}
+      crop_clip: {scorer: clip_score, view: mask_crop}
     limits: {max_queue_items: 1024}
 
 Nothing is constructed from the YAML: its scalars are taken as they are typed, just like flags. The only file here

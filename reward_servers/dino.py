@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,15 @@ from transformers import Dinov2Model
 
 from reward_servers.errors import SetupError
 from reward_servers.settings import PRECISIONS
+from reward_servers.weights import check_model_type
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Of the channels, in [0, 1]; what DINOv2 was trained with."""
+
+HINT = (
+    "Give a folder with the files of https://huggingface.co/facebook/dinov2-base, or of another size without registers."
+)
 
 
 @functools.cache
@@ -26,13 +30,7 @@ def load_dino(folder: Path, precision: str, device: torch.device) -> Any:
     Raises:
         SetupError: the folder holds another model, or lacks weights.
     """
-    config = folder / "config.json"
-    kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
-    if kind != "dinov2":
-        raise SetupError(
-            f"{config} must describe a DINOv2 without registers (model_type 'dinov2'), found {kind!r}. Give a folder "
-            "with the files of https://huggingface.co/facebook/dinov2-base, or of its other sizes."
-        )
+    check_model_type(folder, "dinov2", HINT)
     model, report = Dinov2Model.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, dtype=PRECISIONS[precision], output_loading_info=True
     )

@@ -15,6 +15,10 @@ class SetupError(Exception):
     """The server cannot start as asked; the command prints the sentence and exits with code 2."""
 
 
+class ServerFailed(Exception):
+    """The server cannot go on; it drains, and the command prints the sentence and exits with code 1."""
+
+
 class RequestRefused(Exception):
     """A request that cannot be answered as a whole; the client gets the status code and the sentence."""
 

@@ -7,7 +7,6 @@ are counted along the sequence, through the image too: Qwen2-VL's own positions 
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
 from reward_servers.errors import SetupError
 from reward_servers.settings import PRECISIONS
-from reward_servers.views import CLIP_MEAN, CLIP_STD
+from reward_servers.views import CLIP_MEAN, CLIP_STD, resize_bicubic
+from reward_servers.weights import check_model_type
 
 REWARD, IMAGE, PROMPT = "<|Reward|>", "<|image_pad|>", "{text_prompt}"
 INSTRUCTION_FILE = "instruction.txt"
@@ -84,15 +83,9 @@ class HPSv3:
 
 
 def fit(levels_NCHW: Tensor, unit: int) -> Tensor:
-    """Bring images to about ``PIXELS`` pixels; grey levels in 0..255, bicubic with antialiasing.
-
-    As Pillow does it, along the rows first and with whole grey levels in between.
-    """
+    """Bring images to about ``PIXELS`` pixels, with sides that are multiples of ``unit``; grey levels in 0..255."""
     height, width = levels_NCHW.shape[2:]
-    resized, fitted = levels_NCHW, fitted_sides(height, width, unit)
-    for sides in ((height, fitted[1]), fitted):
-        resized = F.interpolate(resized, sides, mode="bicubic", antialias=True).clamp(0, 255).round()
-    return resized
+    return resize_bicubic(levels_NCHW, *fitted_sides(height, width, unit))
 
 
 def fitted_sides(height: int, width: int, unit: int) -> tuple[int, int]:
@@ -132,9 +125,7 @@ def load_hpsv3(folder: Path, precision: str, device: torch.device) -> HPSv3:
     ]
     if lacking:
         raise SetupError(f"{folder} lacks {', '.join(lacking)}. {FOLDER}")
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    if kind != "qwen2_vl":
-        raise SetupError(f"{folder / 'config.json'} describes a model of type {kind!r}, not 'qwen2_vl'. {FOLDER}")
+    check_model_type(folder, "qwen2_vl", FOLDER)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="right")
     tokenizer.add_tokens([REWARD], special_tokens=True)
     conversation = _conversation(folder / INSTRUCTION_FILE, tokenizer)

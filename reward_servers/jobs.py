@@ -21,9 +21,9 @@ class Job:
 
     scorers: tuple[Loaded, ...]
     images: Mapping[Need, Tensor]
-    """Images and masks, uint8 [N, H, W, C] in host memory, at least one entry; never written to."""
+    """Images and masks that the scorers need, uint8 [N, H, W, C] in host memory, at least one; never written to."""
     prompts: tuple[str, ...] = ()
-    """One per item, or none."""
+    """One per item, or none where no scorer needs them."""
 
     @property
     def count(self) -> int:
@@ -40,12 +40,19 @@ class Job:
         """Jobs of equal kinds can be computed as one."""
         names = tuple(loaded.name for loaded in self.scorers)
         _, height, width, _ = next(iter(self.images.values())).shape
-        return names, height, width, frozenset(self.images), bool(self.prompts)
+        return names, height, width
 
     def rows(self, start: int, stop: int) -> Job:
         """The job of some of the items; shares their memory."""
         images = {need: image[start:stop] for need, image in self.images.items()}
         return Job(self.scorers, images, self.prompts[start:stop])
+
+
+def needed_by(scorers: Sequence[Loaded], images: Mapping[Need, Tensor], prompts: Sequence[str]) -> Job:
+    """The job with those of images and prompts that a scorer needs."""
+    needs = {need for loaded in scorers for need in loaded.scorer.info.needs}
+    kept = {need: image for need, image in images.items() if need in needs}
+    return Job(tuple(scorers), kept, tuple(prompts) if Need.PROMPTS in needs else ())
 
 
 def join_jobs(jobs: Sequence[Job]) -> Job:

@@ -1,25 +1,22 @@
-"""Finds a scorer's file by its name, applies its settings, finds its weights and takes its fingerprint."""
+"""Finds a scorer's file by its name, runs it, applies its settings and finds its weights."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from reward_servers.errors import SetupError, did_you_mean
+from reward_servers.fingerprint import fingerprint
 from reward_servers.scorer import Loaded, Weights
-from reward_servers.weights import content_hash, find_weights
+from reward_servers.weights import find_weights
 
-PACKAGE = Path(__file__).parent
-BUILT_IN = PACKAGE / "scorers"
+BUILT_IN = Path(__file__).parent / "scorers"
 
 
 def load(name: str, settings: Mapping[str, str] | None = None, folder: Path | None = None, file: str = "") -> Loaded:
@@ -32,8 +29,8 @@ def load(name: str, settings: Mapping[str, str] | None = None, folder: Path | No
         file: a file name in ``reward_servers/scorers`` or ``folder``, without ``.py``; left out, it is ``name``.
 
     Raises:
-        SetupError: there is no such scorer, it has no such setting, a value has the wrong type, or its weights are
-            not there.
+        SetupError: there is no such scorer, its file does not define one, it has no such setting, a value has the
+            wrong type, or its weights are not there.
     """
     file = file or name
     files = scorer_files(folder)
@@ -43,19 +40,15 @@ def load(name: str, settings: Mapping[str, str] | None = None, folder: Path | No
             f"There is no scorer {file!r}.{did_you_mean(file, files)} The scorers are "
             f"{', '.join(sorted(files))}; each is a file NAME.py in {folders}."
         )
-    scorer_class = _module(file, files[file]).Scorer
+    path = files[file]
+    scorer_class = _scorer_class(path)
     scorer = scorer_class(**_typed_settings(name, scorer_class, settings or {}))
     weights = {
         field.name: find_weights(name, field.name, getattr(scorer, field.name), field.metadata[Weights])
         for field in dataclasses.fields(scorer)
         if Weights in field.metadata
     }
-    # Where the weights lie does not change a score; what is in them does.
-    hashes = {key: content_hash(path) for key, path in weights.items()}
-    identity = json.dumps([file, dataclasses.asdict(scorer) | hashes], sort_keys=True).encode()
-    parts = (identity, *(path.read_bytes() for path in sorted(_code_of(files[file]))))
-    digests = b"".join(hashlib.sha256(part).digest() for part in parts)
-    return Loaded(name, hashlib.sha256(digests).hexdigest(), dataclasses.replace(scorer, **weights))
+    return Loaded(name, fingerprint(path, scorer, weights), dataclasses.replace(scorer, **weights))
 
 
 def scorer_files(folder: Path | None = None) -> dict[str, Path]:
@@ -79,43 +72,27 @@ def _python_files(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in folder.glob("*.py") if not path.stem.startswith("_")}
 
 
-def _module(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"reward_servers.scorers.{name}", path)
+@functools.cache
+def _scorer_class(path: Path) -> Any:
+    """The class ``Scorer`` of a file, which runs once under however many names it is served, and so loads one model.
+
+    Raises:
+        SetupError: the file does not run, or defines no such class.
+    """
+    spec = importlib.util.spec_from_file_location(f"reward_servers.scorers.{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-def _code_of(file: Path) -> set[Path]:
-    """A scorer's file and those of this package that it imports, directly or not."""
-    found, left = set(), [file]
-    while left:
-        path = left.pop()
-        if path not in found:
-            found.add(path)
-            left += _imports_from_here(path)
-    return found
-
-
-@functools.cache
-def _imports_from_here(path: Path) -> list[Path]:
-    names = [
-        name.removeprefix(f"{PACKAGE.name}.")
-        for node in ast.walk(ast.parse(path.read_text()))
-        for name in _imported(node)
-        if name.startswith(f"{PACKAGE.name}.")
-    ]
-    return [PACKAGE.joinpath(*name.split(".")).with_suffix(".py") for name in names]
-
-
-def _imported(node: ast.AST) -> Iterator[str]:
-    if isinstance(node, ast.ImportFrom) and node.module:
-        yield node.module
-    elif isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever goes wrong in a file is a reason not to serve it
+        del sys.modules[spec.name]
+        raise SetupError(f"The scorer's file {path} cannot be run: {type(error).__name__}: {error}.") from error
+    scorer_class = vars(module).get("Scorer")
+    if not (isinstance(scorer_class, type) and dataclasses.is_dataclass(scorer_class)):
+        raise SetupError(f"{path} must define a frozen dataclass Scorer; reward_servers/scorer.py tells what is in it.")
+    return scorer_class
 
 
 def _typed_settings(name: str, scorer_class: type, settings: Mapping[str, str]) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def _post(endpoint: Endpoint, payload: bytes, seconds: float) -> bytes:
 
 def _retry_after(header: str) -> float:
     """Seconds to wait by a Retry-After header (RFC 9110, 10.2.3), a number or a date; 0 where it says nothing."""
-    if header.strip().isdigit():
+    if header.strip().isdecimal():
         return float(header)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())

@@ -49,7 +49,7 @@ class Options:
     tls_certificate: Path | None = option(None, "PEM of this server's certificate and those between it and a root")
     tls_key: Path | None = option(None, "PEM of its private key")
     tls_client_ca: Path | None = option(None, "PEM of the roots that must have signed a client's certificate")
-    token_file: Path | None = option(None, "file with the bearer token that clients must send")
+    token_file: Path | None = option(None, "file with the bearer token that clients must send, with health checks too")
     insecure: bool = option(False, "let other machines connect without encryption or without a proof of who they are")
     reflection: bool = option(False, "describe the service to tools such as grpcurl; not with TLS")
     metrics_port: int | None = option(

@@ -6,7 +6,6 @@ edge are at 1. The border of the image is no edge.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,12 +42,11 @@ def sobel_magnitude(padded_NCHW: Tensor) -> Tensor:
 
     The input is padded by one pixel on every side; the result has shape [N, 1, H, W] without the padding.
     """
-    smooth = padded_NCHW.new_tensor([1.0, 2.0, 1.0])
-    slope = padded_NCHW.new_tensor([-1.0, 0.0, 1.0])
-    kernels = torch.stack([torch.outer(smooth, slope), torch.outer(slope, smooth)])[:, None]
-    gx_gy = F.conv2d(padded_NCHW.flatten(0, 1)[:, None], kernels)
-    magnitude = (gx_gy.square().sum(1) + 1e-8).sqrt()
-    return magnitude.unflatten(0, padded_NCHW.shape[:2]).mean(1, keepdim=True)
+    # (1, 2, 1) along one axis after (-1, 0, 1) along the other; on a CPU, a convolution takes several times longer.
+    dx, dy = padded_NCHW[..., 2:] - padded_NCHW[..., :-2], padded_NCHW[..., 2:, :] - padded_NCHW[..., :-2, :]
+    gx = (dx[..., :-2, :] + dx[..., 2:, :]).add_(dx[..., 1:-1, :], alpha=2)
+    gy = (dy[..., :-2] + dy[..., 2:]).add_(dy[..., 1:-1], alpha=2)
+    return gx.square_().addcmul_(gy, gy).add_(1e-8).sqrt_().mean(1, keepdim=True)
 
 
 def items_where(condition_N: Tensor, reason: str) -> dict[int, str]:

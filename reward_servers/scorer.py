@@ -6,6 +6,9 @@ Nothing else has to change to add one.
 
 A scorer holds no model: a function with ``functools.cache`` loads it, and every scorer that calls this function
 with the same arguments shares it. The server scores a made-up batch before it serves, and so loads all models.
+
+A scorer never writes to its inputs: the other scorers of a batch, and a second attempt after a failure, read the same
+tensors.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ import torch
 from torch import Tensor
 
 Value = TypeVar("Value")
+
+OPERATIONAL = "operational"
+"""Key in the metadata of the fields that ``operational`` declares."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,11 @@ def weights_from(hub: str = "", *, convert: str = "") -> Any:
     the fingerprint. See ``Weights`` for the arguments.
     """
     return field(default=Path(hub), metadata={Weights: Weights(hub, convert)})
+
+
+def operational(default: Value) -> Any:
+    """Declare a setting that decides how a scorer works, but not what it scores: it is no part of the fingerprint."""
+    return field(default=default, metadata={OPERATIONAL: True})
 
 
 class Need(StrEnum):
@@ -99,9 +110,9 @@ class Inputs:
             self.shared[key] = compute()
         return self.shared[key]
 
-    def item(self, index: int) -> Inputs:
-        """The batch of one that holds item ``index``."""
-        rows = slice(index, index + 1)
+    def rows(self, start: int, stop: int) -> Inputs:
+        """Items ``start`` to ``stop - 1``, without what was computed once for all of them."""
+        rows = slice(start, stop)
         return Inputs({need: tensor[rows] for need, tensor in self.tensors.items()}, self.prompts[rows])
 
 
@@ -153,5 +164,5 @@ class Loaded:
     name: str
     """What clients call it."""
     fingerprint: str
-    """sha256 over the scorer's file name, settings, code and weights."""
+    """Changes whenever its scores may change; ``fingerprint.py`` says what it covers."""
     scorer: Scorer

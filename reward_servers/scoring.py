@@ -12,8 +12,8 @@ import torch
 from ds_inpaint_protos.reward.v1 import reward_pb2
 from torch import Tensor
 
-from reward_servers.errors import SetupError
-from reward_servers.jobs import IMAGE_NEEDS, Job, Outcome, join_jobs, join_outcomes
+from reward_servers.errors import ServerFailed, SetupError
+from reward_servers.jobs import IMAGE_NEEDS, Job, Outcome, join_jobs, join_outcomes, needed_by
 from reward_servers.scorer import Info, Inputs, Loaded, Need, Scored
 
 log = logging.getLogger(__name__)
@@ -28,11 +28,34 @@ def score_jobs(jobs: Sequence[Job], device: torch.device, max_batch_items: int) 
 
     Returns:
         For each scorer, the outcome for the items of all jobs in order.
+
+    Raises:
+        ServerFailed: the device is lost.
     """
-    job = join_jobs(jobs)
-    firsts = range(0, job.count, max_batch_items)
-    slices = [_score_batch(job.rows(first, first + max_batch_items), device) for first in firsts]
-    return [join_outcomes(parts) for parts in zip(*slices, strict=True)]
+    try:
+        job = join_jobs(jobs)
+        firsts = range(0, job.count, max_batch_items)
+        slices = [_score_batch(job.rows(first, first + max_batch_items), device) for first in firsts]
+        return [join_outcomes(parts) for parts in zip(*slices, strict=True)]
+    finally:
+        check_device(device)
+
+
+def check_device(device: torch.device) -> None:
+    """Tell a device that is lost from items that fail, whatever exceptions both of them raised.
+
+    After an error such as an illegal memory access, every later call of CUDA in this process gets that error again.
+
+    Raises:
+        ServerFailed: the device is lost.
+    """
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        cause = str(error).split("\n")[0]
+        # Without the scorer's own exception, which may quote a prompt.
+        raise ServerFailed(f"{device} is lost to this process ({cause}). Start the server again.") from None
 
 
 @torch.inference_mode()
@@ -40,19 +63,33 @@ def warm_up(loaded: Loaded, device: torch.device) -> None:
     """Score a made-up batch, so that models are loaded, and known to work, before anybody depends on them.
 
     Raises:
-        SetupError: the scorer fails, or an ordinary item gets no finite score.
+        SetupError: the scorer fails, fails on every item, or gives one a score that is not finite; or it changes what
+            other scorers see, too.
     """
-    draw = torch.Generator().manual_seed(0)
-    images = {need: torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8, generator=draw) for need in IMAGE_NEEDS}
-    masks = torch.zeros(2, 64, 64, 1, dtype=torch.uint8)
-    masks[:, 16:48, 16:48] = 255
-    job = Job((loaded,), images | {Need.MASKS: masks}, ("a red chair by the window", "an empty street"))
     try:
-        outcome = _outcome(loaded, _to_inputs(job, device))
+        inputs = _to_inputs(_made_up(loaded), device)
+        before = {need: tensor.clone() for need, tensor in inputs.tensors.items()}
+        outcome = _outcome(loaded, inputs)
     except Exception as error:  # whatever goes wrong in a scorer is a reason not to serve it
         raise SetupError(_cold(loaded, device, f"{type(error).__name__}: {error}")) from error
     if reward_pb2.ITEM_STATUS_NON_FINITE in outcome.statuses:
         raise SetupError(_cold(loaded, device, next(filter(None, outcome.messages))))
+    if set(outcome.statuses) == {reward_pb2.ITEM_STATUS_SCORER_ERROR}:
+        raise SetupError(_cold(loaded, device, outcome.messages[0]))
+    if changed := [need for need, tensor in before.items() if not torch.equal(tensor, inputs.tensors[need])]:
+        raise SetupError(
+            f"Scorer {loaded.name} changes its inputs in place, which other scorers read as well: "
+            f"{', '.join(changed)}. Let it work on a copy, or leave it out."
+        )
+
+
+def _made_up(loaded: Loaded) -> Job:
+    """Two items with what the scorer needs and nothing else, as it will be served."""
+    draw = torch.Generator().manual_seed(0)
+    images = {need: torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8, generator=draw) for need in IMAGE_NEEDS}
+    images[Need.MASKS] = torch.zeros(2, 64, 64, 1, dtype=torch.uint8)
+    images[Need.MASKS][:, 16:48, 16:48] = 255
+    return needed_by((loaded,), images, ("a red chair by the window", "an empty street"))
 
 
 def _cold(loaded: Loaded, device: torch.device, cause: str) -> str:
@@ -93,8 +130,9 @@ def _to_inputs(job: Job, device: torch.device) -> Inputs:
 def run_scorer(loaded: Loaded, inputs: Inputs) -> Outcome:
     """Score every item with one scorer.
 
-    A batch that fails is scored again item by item; one too large for the memory, once more in halves. What then
-    still fails has NaN for its score and components, a status that says how it failed, and a message.
+    A batch that fails is scored again item by item; one too large for the memory, in halves, down to single items: no
+    item may lose its score to its neighbours. What fails on its own has NaN for its score and components, a status
+    that says how it failed, and a message.
     """
     started = time.perf_counter()
     outcome = _score(loaded, inputs, first_try=True)
@@ -116,10 +154,10 @@ def _score(loaded: Loaded, inputs: Inputs, first_try: bool) -> Outcome:
         return result
     if first_try:  # or a failure that every item shares would be logged for every item
         log.error("Scorer %s failed on %d item(s): %s", loaded.name, inputs.count, result.log_entry)
-    if inputs.count == 1 or (result.out_of_memory and not first_try):
-        return _failed(loaded, inputs.count, result.sentence)
+    if inputs.count == 1:
+        return _failed(loaded, 1, result.sentence)
     size = -(-inputs.count // 2) if result.out_of_memory else 1
-    parts = [_rows(inputs, start, start + size) for start in range(0, inputs.count, size)]
+    parts = [inputs.rows(start, start + size) for start in range(0, inputs.count, size)]
     return join_outcomes([_score(loaded, part, first_try=False) for part in parts])
 
 
@@ -135,11 +173,6 @@ def _attempt(loaded: Loaded, inputs: Inputs) -> Outcome | _Failure:
 
 def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:500]
-
-
-def _rows(inputs: Inputs, start: int, stop: int) -> Inputs:
-    """Some of the items, without what was computed once for all of them."""
-    return Inputs({need: tensor[start:stop] for need, tensor in inputs.tensors.items()}, inputs.prompts[start:stop])
 
 
 def _outcome(loaded: Loaded, inputs: Inputs) -> Outcome:
@@ -171,6 +204,9 @@ def _check(scored: Scored, info: Info, count: int) -> None:
     for name, values in {"scores_N": scored.scores_N, **scored.components}.items():
         if values.shape != (count,):
             raise ValueError(f"{name} has shape {list(values.shape)} for {count} item(s)")
+    for name, reasons in {"invalid": scored.invalid, "failed": scored.failed}.items():
+        if not all(i in range(count) and isinstance(reason, str) for i, reason in reasons.items()):
+            raise ValueError(f"{name} must hold a text for each of some of the items 0 to {count - 1}")
 
 
 def _failed(loaded: Loaded, count: int, message: str) -> Outcome:

@@ -17,9 +17,6 @@ from reward_servers.errors import SetupError
 
 log = logging.getLogger(__name__)
 
-OPEN_TO_ALL = "/grpc.health.v1.Health/"
-"""Methods that need no token: load balancers ask them, and they tell nothing but up or down."""
-
 
 @dataclass(frozen=True)
 class Security:
@@ -32,7 +29,7 @@ class Security:
     client_ca: bytes = b""
     """PEM; with it, a client needs a certificate that one of these signed."""
     token: bytes = field(default=b"", repr=False)
-    """With it, a call needs the metadata ``authorization: Bearer TOKEN``."""
+    """With it, every call, health checks included, needs the metadata ``authorization: Bearer TOKEN``."""
 
     def bind(self, server: grpc.aio.Server, authority: str) -> int:
         """Let ``server`` listen on ``authority``, that is ``HOST:PORT``; returns the port.
@@ -65,7 +62,7 @@ class TokenCheck(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler:
         """Hand on the call, or a refusal."""
         given = dict(details.invocation_metadata).get("authorization", "")
-        if details.method.startswith(OPEN_TO_ALL) or hmac.compare_digest(given.encode(), self._expected):
+        if hmac.compare_digest(given.encode(), self._expected):
             return await continuation(details)
         # Only a handler of streams is called before the whole request, of any size, has been received.
         return grpc.stream_stream_rpc_method_handler(_refuse)

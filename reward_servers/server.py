@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha.reflection import SERVICE_NAME as REFLECTION_NAME
 from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
 from reward_servers.errors import SetupError
-from reward_servers.limits import Limits
+from reward_servers.limits import MAX_CALLS_PER_CONNECTION, Limits
 from reward_servers.scorer import Loaded
 from reward_servers.security import Security
 from reward_servers.service import RewardService
@@ -62,9 +62,10 @@ async def start(
 ) -> RunningServer:
     """Serve scorers over gRPC, with grpc.health.v1 for the service and for each ``scorer/NAME``.
 
-    The port is open while scorers warm up, so that clients and load balancers are told NOT_SERVING at once instead of
-    waiting for a connection, and a port that is taken is noticed before models are loaded. A scorer is served, and is
-    SERVING, from its own warm-up on; the service as a whole, and "", from the last one on.
+    The port is bound before the first warm-up, hence before any model is loaded, though after ``scorers`` found and
+    hashed their weights: one that is taken is noticed then, and clients and load balancers are told NOT_SERVING
+    instead of waiting for a connection. A scorer is served, and is SERVING, from its own warm-up on; the service as a
+    whole, and "", from the last one on.
 
     Args:
         scorers: at least one, with different names.
@@ -111,6 +112,7 @@ def _bind(authority: str, port: int, limits: Limits, security: Security | None) 
         options=[
             # By default a second server on the same port would silently take half of the requests.
             ("grpc.so_reuseport", 0),
+            ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
             ("grpc.max_receive_message_length", limits.max_message_bytes),
             ("grpc.max_send_message_length", limits.max_message_bytes),
             # Clients ping every minute while a call is under way; the default would cut them off.

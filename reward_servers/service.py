@@ -105,7 +105,19 @@ class RewardService:
 
     async def get_stats(self, data: bytes, context: grpc.aio.ServicerContext) -> reward_pb2.GetStatsResponse:
         """Say what was done since the start; the request holds nothing."""
-        return self.stats.response()
+        return self.read_stats()
+
+    def read_stats(self) -> reward_pb2.GetStatsResponse:
+        """What was done since the start; any thread may ask."""
+        return self.stats.response(self._batcher.queue_items)
+
+    async def wait_for_failure(self) -> None:
+        """Wait until this service can compute no more.
+
+        Raises:
+            ServerFailed: the device is lost; any other exception that ends the computing is a fault of this program.
+        """
+        await self._batcher.wait_for_failure()
 
     def refuse_more(self) -> None:
         """Tell whoever comes from now on to go to another server."""
@@ -151,8 +163,8 @@ class RewardService:
         if expected != loaded.fingerprint:
             raise RequestRefused(
                 grpc.StatusCode.FAILED_PRECONDITION,
-                f"Scorer {loaded.name} has fingerprint {loaded.fingerprint[:12]}, not the expected "
-                f"{expected[:12]}: its code, settings or weights changed, and so may its scores.",
+                f"Scorer {loaded.name} has fingerprint {loaded.fingerprint[:12]!r}, not the expected "
+                f"{shown(expected[:12])}: its code, settings or weights changed, and so may its scores.",
             )
         if loaded.name not in self._warm:
             raise RequestRefused(grpc.StatusCode.UNAVAILABLE, f"Scorer {loaded.name} is still warming up.")

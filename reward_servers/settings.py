@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -19,3 +20,9 @@ def check_choice(setting: str, value: str, allowed: Iterable[str]) -> None:
         raise SetupError(
             f"The setting {setting} must be one of {', '.join(allowed)}, found {value!r}.{did_you_mean(value, allowed)}"
         )
+
+
+def check_at_least(setting: str, value: float, least: float) -> None:
+    """Raise a ``SetupError`` for a number that is less, infinite or none."""
+    if not least <= value < math.inf:
+        raise SetupError(f"The setting {setting} must be a finite number of at least {least:g}, found {value:g}.")

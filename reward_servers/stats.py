@@ -19,7 +19,7 @@ class Tally:
     items_scored: int = 0
     items_failed: int = 0
     mean: float = 0.0
-    squares: float = 0.0
+    m2: float = 0.0
     """Sum of squared deviations from the mean."""
     low: float = math.inf
     high: float = -math.inf
@@ -31,7 +31,7 @@ class Tally:
         failed = self.items_failed + len(outcome.scores_N) - len(scores)
         seconds = self.seconds + outcome.seconds
         if not len(scores):
-            return Tally(self.items_scored, failed, self.mean, self.squares, self.low, self.high, seconds)
+            return Tally(self.items_scored, failed, self.mean, self.m2, self.low, self.high, seconds)
         count, mean = self.items_scored + len(scores), scores.mean().item()
         step = mean - self.mean
         between = step**2 * self.items_scored * len(scores) / count
@@ -39,7 +39,7 @@ class Tally:
             count,
             failed,
             self.mean + step * len(scores) / count,
-            self.squares + (scores - mean).square().sum().item() + between,
+            self.m2 + (scores - mean).square().sum().item() + between,
             min(self.low, scores.min().item()),
             max(self.high, scores.max().item()),
             seconds,
@@ -53,7 +53,7 @@ class Tally:
             items_scored=self.items_scored,
             items_failed=self.items_failed,
             mean=self.mean if any_scores else math.nan,
-            std=math.sqrt(self.squares / self.items_scored) if any_scores else math.nan,
+            std=math.sqrt(self.m2 / self.items_scored) if any_scores else math.nan,
             min=self.low if any_scores else math.nan,
             max=self.high if any_scores else math.nan,
             compute_seconds=self.seconds,
@@ -71,7 +71,6 @@ class Stats:
     requests_pushed_back: int = 0
     requests_refused: int = 0
     requests_dropped: int = 0
-    queue_items: int = 0
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -83,8 +82,8 @@ class Stats:
         """Count what a scorer made of a batch."""
         self.tallies[name] = self.tallies[name].plus(outcome)
 
-    def response(self) -> reward_pb2.GetStatsResponse:
-        """The counters as they are sent; any thread may ask."""
+    def response(self, queue_items: int) -> reward_pb2.GetStatsResponse:
+        """The counters as they are sent, with the number of items in the queue; any thread may ask."""
         return reward_pb2.GetStatsResponse(
             server_id=self.server_id,
             uptime_seconds=time.monotonic() - self.started,
@@ -92,6 +91,6 @@ class Stats:
             requests_pushed_back=self.requests_pushed_back,
             requests_refused=self.requests_refused,
             requests_dropped=self.requests_dropped,
-            queue_items=self.queue_items,
+            queue_items=queue_items,
             scorers=[tally.describe(name) for name, tally in self.tallies.items()],
         )

@@ -25,14 +25,14 @@ VIEWS: dict[str, tuple[Need, ...]] = {
 mask, see ``mask_boxes``."""
 
 MARGIN = 1.2
-"""Side of the square around a mask, in larger sides of the mask's bounding box."""
+"""Side of the square around a mask, in larger sides of the mask's bounding box, unless told otherwise."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Of the channels, in [0, 1]; CLIP (arXiv 2103.00020) and the models that grew out of it, BLIP too, share them."""
 
 
-def see(inputs: Inputs, view: str, resize: str, size: int) -> Tensor:
+def preprocess(inputs: Inputs, view: str, resize: str, size: int) -> Tensor:
     """The pixels that a CLIP takes, [N, 3, size, size], normalised; computed once for the scorers that share them.
 
     Args:
@@ -41,17 +41,17 @@ def see(inputs: Inputs, view: str, resize: str, size: int) -> Tensor:
         resize: a key of ``RESIZES``; without effect on ``mask_crop``, which is square.
         size: side of the model's input, in pixels.
     """
-    return inputs.once(("see", view, resize, size), partial(_see, inputs, view, resize, size))
+    return inputs.once(("preprocess", view, resize, size), partial(_preprocess, inputs, view, resize, size))
 
 
-def unseen(inputs: Inputs, view: str) -> dict[int, str]:
-    """Items that have no such view, each with the reason."""
+def empty_masks(inputs: Inputs, view: str) -> dict[int, str]:
+    """Items without a mask to crop around, each with the reason; none for the views that need no mask."""
     if view != "mask_crop":
         return {}
     return items_where(inputs.masks_N1HW.amax((1, 2, 3)) == 0, "the mask is empty: there is nothing to crop around")
 
 
-def _see(inputs: Inputs, view: str, resize: str, size: int) -> Tensor:
+def _preprocess(inputs: Inputs, view: str, resize: str, size: int) -> Tensor:
     images = inputs.decoded_NCHW if view == "decoded" else inputs.pasted_NCHW
     levels = images * 255
     if view == "mask_crop":
@@ -66,7 +66,7 @@ def centre_crop(levels_NCHW: Tensor, size: int) -> Tensor:
     """Bring the shorter side to ``size`` and cut the middle out of the longer one; grey levels in 0..255."""
     height, width = levels_NCHW.shape[2:]
     short = min(height, width)
-    resized = _resize(levels_NCHW, size * height // short, size * width // short)
+    resized = resize_bicubic(levels_NCHW, size * height // short, size * width // short)
     top, left = ((side - size) // 2 for side in resized.shape[2:])
     return resized[:, :, top : top + size, left : left + size]
 
@@ -75,7 +75,7 @@ def letterbox(levels_NCHW: Tensor, size: int) -> Tensor:
     """Bring the longer side to ``size`` and put black bars along it; grey levels in 0..255."""
     height, width = levels_NCHW.shape[2:]
     scale = size / max(height, width)
-    resized = _resize(levels_NCHW, max(1, round(height * scale)), max(1, round(width * scale)))
+    resized = resize_bicubic(levels_NCHW, max(1, round(height * scale)), max(1, round(width * scale)))
     bars_y, bars_x = (size - side for side in resized.shape[2:])
     return F.pad(resized, (bars_x // 2, bars_x - bars_x // 2, bars_y // 2, bars_y - bars_y // 2))
 
@@ -84,21 +84,22 @@ RESIZES: dict[str, Callable[[Tensor, int], Tensor]] = {"crop": centre_crop, "let
 """The values of a setting ``resize``."""
 
 
-def _resize(levels_NCHW: Tensor, height: int, width: int) -> Tensor:
+def resize_bicubic(levels_NCHW: Tensor, height: int, width: int) -> Tensor:
+    """Whole grey levels in 0..255 to other sides as Pillow does it: the width first, whole levels in between."""
     bicubic = partial(F.interpolate, mode="bicubic", antialias=True)
     narrow = _whole(bicubic(levels_NCHW, (levels_NCHW.shape[2], width)))
     return _whole(bicubic(narrow, (height, width)))
 
 
 def _whole(levels: Tensor) -> Tensor:
-    """Round to grey levels, halves up. Pillow does so between its two passes, too, and takes the width first."""
+    """Round to grey levels, halves up."""
     return (levels + 0.5).floor().clamp(0, 255)
 
 
-def mask_boxes(masks_N1HW: Tensor, least: int) -> tuple[Tensor, Tensor, Tensor]:
+def mask_boxes(masks_N1HW: Tensor, least: int, margin: float = MARGIN) -> tuple[Tensor, Tensor, Tensor]:
     """A square around each mask, inside the image.
 
-    Its side is ``MARGIN`` times the larger side of the mask's bounding box, at least ``least`` (so that it is not
+    Its side is ``margin`` times the larger side of the mask's bounding box, at least ``least`` (so that it is not
     enlarged) and at most the shorter side of the image. It is centred on the bounding box, and shifted where it
     would stick out.
 
@@ -108,7 +109,7 @@ def mask_boxes(masks_N1HW: Tensor, least: int) -> tuple[Tensor, Tensor, Tensor]:
     height, width = masks_N1HW.shape[2:]
     top, bottom = _extent(masks_N1HW.amax((1, 3)))
     left, right = _extent(masks_N1HW.amax((1, 2)))
-    wanted = (MARGIN * torch.maximum(bottom - top, right - left)).round().long()
+    wanted = (margin * torch.maximum(bottom - top, right - left)).round().long()
     side = wanted.clamp(min=least).clamp(max=min(height, width))
     tops = ((top + bottom - side) // 2).clamp(min=0).minimum(height - side)
     lefts = ((left + right - side) // 2).clamp(min=0).minimum(width - side)

@@ -7,6 +7,9 @@ into safetensors.
 from __future__ import annotations
 
 import hashlib
+import json
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -39,10 +42,10 @@ def find_weights(scorer: str, key: str, given: Path, source: Weights) -> Path:
             f"{setting}={given} is a pickle, which may run any code when it is read. Turn it into safetensors once: "
             f"python -m reward_servers convert {source.convert or 'KIND'} {given} FOLDER"
         )
-    path = given if given.exists() else _download(setting, given, source)
+    path = given if given.exists() else _from_hub(setting, given, source)
     if path.is_file() and path.suffix != ".safetensors":
         raise SetupError(f"{setting}={given} must be a folder or a .safetensors file. {_how_to_get(setting, source)}")
-    if path.is_dir() and not any(path.glob("*.safetensors")):
+    if path.is_dir() and not _has_safetensors(path):
         raise SetupError(f"{setting}={given} is a folder without .safetensors. {_how_to_get(setting, source)}")
     return path
 
@@ -55,14 +58,31 @@ def content_hash(path: Path) -> str:
     return hashlib.sha256(b"".join(file.name.encode() + b"\0" + _file_hash(file) for file in files)).hexdigest()
 
 
+def check_model_type(folder: Path, expected: str, hint: str) -> None:
+    """Raise a ``SetupError``, ending in ``hint``, unless ``config.json`` is that of such a model of transformers."""
+    config = folder / "config.json"
+    found = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    if found != expected:
+        raise SetupError(f"{config} must be there and say model_type {expected!r}, found {found!r}. {hint}")
+
+
 def _file_hash(path: Path) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _download(setting: str, repository: Path, source: Weights) -> Path:
+def _has_safetensors(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+def _from_hub(setting: str, repository: Path, source: Weights) -> Path:
+    fetch = partial(snapshot_download, repository.as_posix(), allow_patterns=list(READ))
     try:
-        return Path(snapshot_download(repository.as_posix(), allow_patterns=list(READ)))
+        # What was downloaded before stays, so that a server restarted in the middle of a run scores as it did.
+        with suppress(LocalEntryNotFoundError):
+            if _has_safetensors(kept := Path(fetch(local_files_only=True))):
+                return kept
+        return Path(fetch())
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).split("\n")[0]
         raise SetupError(

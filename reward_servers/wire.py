@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from reward_servers.errors import invalid
-from reward_servers.jobs import IMAGE_NEEDS, Job, Outcome
+from reward_servers.jobs import IMAGE_NEEDS, Job, Outcome, needed_by
 from reward_servers.limits import Limits
 from reward_servers.scorer import Loaded, Need
 
@@ -40,7 +40,7 @@ def parse_request(data: bytes) -> reward_pb2.ScoreRequest:
 
 
 def read_job(request: reward_pb2.ScoreRequest, scorers: Sequence[Loaded], limits: Limits) -> Job:
-    """The items of a request, for these scorers.
+    """The items of a request, all of it checked, and of it what these scorers need.
 
     Raises:
         RequestRefused: there are no images or too many, batches and lists do not fit each other or their own shapes,
@@ -53,7 +53,7 @@ def read_job(request: reward_pb2.ScoreRequest, scorers: Sequence[Loaded], limits
     for loaded in scorers:
         _check_needs(loaded, {*shapes, *([Need.PROMPTS] if request.prompts else [])})
     images = {need: _pixels(tensors[need], shape, need) for need, shape in shapes.items()}
-    return Job(tuple(scorers), images, tuple(request.prompts))
+    return needed_by(scorers, images, request.prompts)
 
 
 def describe(loaded: Loaded) -> reward_pb2.ScorerInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -19,6 +20,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 TINY_MODELS = Path("recipes/tiny/models")
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Takes back the level that the command ``ds_inpaint.run`` sets for its rank."""
+    yield
+    logging.getLogger("ds_inpaint").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from reward_helpers import Servers, score_request, wire_tensor
 
 from reward_servers import scoring
 from reward_servers.batching import RETRY_MS, Batcher
-from reward_servers.errors import RequestRefused, SetupError
+from reward_servers.errors import RequestRefused, ServerFailed, SetupError
 from reward_servers.jobs import Job, Outcome, join_outcomes
 from reward_servers.limits import Limits
 from reward_servers.scorer import Info, Inputs, Loaded, Need, Scored
@@ -51,7 +51,7 @@ class Scorer:
         forwards.append(tuple(inputs.prompts))
         if "slow" in inputs.prompts:
             time.sleep(0.3)
-        if inputs.count > self.memory_items:
+        if "huge" in inputs.prompts or inputs.count > self.memory_items:
             raise torch.OutOfMemoryError("out of memory")
         return Scored(inputs.decoded_NCHW.mean((1, 2, 3)))
 '''
@@ -209,14 +209,16 @@ def test_cancelled_and_expired_requests_are_never_computed(start):
     assert (stats.requests_dropped, stats.requests_scored, stats.queue_items) == (2, 2, 0)
 
 
-@pytest.mark.parametrize(("count", "sizes", "status"), [(6, [6, 3, 3], OK), (9, [9, 5, 4], ERROR), (7, [7, 4, 3], OK)])
-def test_a_batch_too_large_for_the_memory_is_halved_once(start, count, sizes, status):
+def test_a_batch_too_large_for_the_memory_is_halved_until_it_fits(start):
     _, stub, forwards = start(Limits(), memory_items="4")
-    (result,) = stub.Score(recording_request(*(str(i) for i in range(count)))).results
-    assert [len(prompts) for prompts in forwards] == sizes
-    assert [math.isnan(score) for score in result.scores] == [status == ERROR] * 5 + [False] * (count - 5)
-    assert set(result.statuses[:5]) == {status}
-    assert set(result.messages[:5]) == {"OutOfMemoryError: out of memory" if status == ERROR else ""}
+    (result,) = stub.Score(recording_request(*"abcdefghi")).results
+    assert [len(prompts) for prompts in forwards] == [9, 5, 3, 2, 4]
+    assert list(result.statuses) == [OK] * 9
+    forwards.clear()
+    (result,) = stub.Score(recording_request("a", "b", "huge", "c", "d")).results
+    assert [len(prompts) for prompts in forwards] == [5, 3, 2, 1, 2]
+    assert list(result.statuses) == [OK, OK, ERROR, OK, OK]
+    assert result.messages[2] == "OutOfMemoryError: out of memory"
 
 
 def summary(scores):
@@ -278,6 +280,22 @@ def masks_job(scorers, masks):
     return Job(tuple(Loaded(f"scorer {i}", "", scorer) for i, scorer in enumerate(scorers)), {Need.MASKS: masks})
 
 
+@pytest.mark.parametrize(
+    "reasons",
+    [{"invalid": {2: "beyond the last"}}, {"failed": {-1: "before the first"}}, {"failed": {0: None}}],
+)
+def test_reasons_that_belong_to_no_item_are_the_scorers_error(reasons):
+    class Careless:
+        info = Sharing.info
+
+        def score(self, inputs):
+            return Scored(torch.ones(inputs.count), **reasons)
+
+    outcome = run_scorer(Loaded("careless", "", Careless()), Inputs({Need.MASKS: torch.zeros(2, 1, 4, 4)}))
+    assert list(outcome.statuses) == [ERROR] * 2
+    assert outcome.messages[0].startswith(f"ValueError: {next(iter(reasons))} must hold a text for each")
+
+
 def test_scorers_share_within_a_batch_and_retries_start_afresh():
     computed = []
     masks = torch.full((3, 4, 4, 1), 255, dtype=torch.uint8)
@@ -314,32 +332,77 @@ def test_images_too_large_for_the_memory_are_converted_in_parts(monkeypatch):
     assert outcome.messages[4] == "OutOfMemoryError: out of memory"
 
 
-def test_a_failure_outside_of_scorers_costs_its_batch_alone():
-    masks = torch.zeros(2, 4, 4, 1, dtype=torch.uint8)
-    failures = [RuntimeError("the device is gone")]
+def with_batcher(compute, act):
+    """What ``act`` makes of a batcher and a job of two items; nothing is left in the queue."""
 
-    def compute(jobs):
-        if failures:
-            raise failures.pop()
-        return score_jobs(jobs, torch.device("cpu"), 8)
-
-    async def submit_two():
+    async def run():
         stats = Stats.of("", ["scorer 0"])
         with ThreadPoolExecutor(1) as thread:
             batcher = Batcher(compute, thread, Limits(), stats)
-            job = masks_job([Sharing([])], masks)
-            with pytest.raises(RequestRefused, match="server's log") as caught:
-                await batcher.submit(job, time.monotonic(), None)
-            assert caught.value.code is grpc.StatusCode.INTERNAL
-            with pytest.raises(asyncio.CancelledError):
-                await batcher.submit(job, time.monotonic(), 0.0)
-            answer = await batcher.submit(job, time.monotonic(), None)
+            result = await act(batcher, masks_job([Sharing([])], torch.zeros(2, 4, 4, 1, dtype=torch.uint8)))
             await batcher.settle()
             await batcher.close()
-        assert (stats.queue_items, stats.requests_dropped) == (0, 1)
-        return join_outcomes(answer.outcomes)
+        assert batcher.queue_items == 0
+        return result, stats
 
-    assert list(asyncio.run(submit_two()).statuses) == [OK, OK]
+    return asyncio.run(run())
+
+
+async def refusal_of(call, code, words=None):
+    with pytest.raises(RequestRefused, match=words) as caught:
+        await call
+    assert caught.value.code is code
+
+
+@pytest.mark.parametrize("failing", ["computing", "its result"])
+def test_a_failure_outside_of_scorers_costs_its_batch_alone(failing):
+    failures = [failing]
+
+    def compute(jobs):
+        outcomes = score_jobs(jobs, torch.device("cpu"), 8)
+        if not failures:
+            return outcomes
+        if failures.pop() == "computing":
+            raise RuntimeError("no memory")
+        return [*outcomes, *outcomes]
+
+    async def act(batcher, job):
+        now = time.monotonic()
+        await refusal_of(batcher.submit(job, now, None), grpc.StatusCode.INTERNAL, "server's log")
+        with pytest.raises(asyncio.CancelledError):
+            await batcher.submit(job, now, 0.0)
+        return join_outcomes((await batcher.submit(job, now, None)).outcomes)
+
+    outcome, stats = with_batcher(compute, act)
+    assert list(outcome.statuses) == [OK, OK]
+    assert stats.requests_dropped == 1
+
+
+def test_a_device_that_is_lost_ends_the_queue(monkeypatch):
+    def synchronize(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    computed = []
+
+    def compute(jobs):
+        computed.append(len(jobs))
+        scoring.check_device(torch.device("cpu"))
+        scoring.check_device(torch.device("cuda:1"))
+
+    async def act(batcher, job):
+        other = Job((*job.scorers, *job.scorers), job.images)  # of another kind, and so not in the same batch
+        now = time.monotonic()
+        first = asyncio.create_task(refusal_of(batcher.submit(job, now, None), grpc.StatusCode.INTERNAL))
+        second = asyncio.create_task(refusal_of(batcher.submit(other, now, None), grpc.StatusCode.UNAVAILABLE))
+        with pytest.raises(ServerFailed, match=r"cuda:1 is lost to this process \(CUDA .* was encountered\)\. Start"):
+            await batcher.wait_for_failure()
+        await asyncio.gather(first, second)
+        await refusal_of(batcher.submit(job, now, None), grpc.StatusCode.UNAVAILABLE, "is stopping")
+
+    _, stats = with_batcher(compute, act)
+    assert computed == [1]
+    assert stats.requests_dropped == 0
 
 
 @pytest.mark.parametrize(
@@ -347,6 +410,7 @@ def test_a_failure_outside_of_scorers_costs_its_batch_alone():
     [
         ({"max_batch_items": 0}, "max_batch_items must be positive, found 0"),
         ({"max_items_per_request": 9, "max_queue_items": 8}, "Lower max_items_per_request or raise max_queue_items"),
+        ({"max_message_bytes": 1 << 31, "max_queue_bytes": 1 << 32}, "of more than 2147483647 bytes"),
         ({"max_queue_bytes": 1000}, "Lower max_message_bytes or raise max_queue_bytes"),
     ],
 )

@@ -9,12 +9,13 @@ import pytest
 import torch
 from scipy.stats import rankdata, spearmanr
 
-from ds_inpaint.advantages import group_relative
+from ds_inpaint.advantages import group_metrics, group_relative
 from ds_inpaint.combiners.caen import CaEN
 from ds_inpaint.combiners.normalized import Normalized
 from ds_inpaint.combiners.rank_ensemble import RankEnsemble
 from ds_inpaint.combiners.scale_aware import ScaleAware
 from ds_inpaint.combiners.weighted_sum import WeightedSum
+from ds_inpaint.heldout import HeldOut
 from ds_inpaint.keys import Impossible
 from ds_inpaint.preference import best_and_worst
 from ds_inpaint.ranks import rank_correlation
@@ -24,10 +25,11 @@ from ds_inpaint.scores import Scores
 B, G = 40, 7
 WEIGHTS = {"hps": 2.0, "clip": -0.5, "seam": 1.0}
 EPS = 1e-4
+FLOORS = pytest.mark.parametrize("floors", [{}, {"clip": 0.9}], ids=["no floors", "floors"])
 COMBINERS = {
     "weighted_sum": WeightedSum(),
     "normalized": Normalized(EPS),
-    "scale_aware": ScaleAware(gamma=0.5, floors={"clip": 0.9}),
+    "scale_aware": ScaleAware(gamma=0.5),
     "rank_ensemble": RankEnsemble(),
     "caen": CaEN(),
 }
@@ -41,7 +43,7 @@ def scores_of(valid_N: torch.Tensor | None = None, **values: list[float]) -> Sco
 
 @pytest.fixture(scope="module")
 def batch() -> tuple[Scores, torch.Tensor]:
-    """Random scores with ties, on grids of 4 (so that clip is often silent) to 1000 values, and random gaps."""
+    """Random scores with ties, on grids of 4 (clip's std is often below its floor) to 1000 values, and gaps."""
     draw = torch.Generator().manual_seed(0)
     valid_N = torch.rand(B * G, generator=draw) > torch.rand(B, generator=draw).repeat_interleave(G)
     values = {
@@ -69,7 +71,7 @@ def z(column: list[float]) -> list[float]:
     return [(value - mean(column)) / (spread + EPS) for value in column]
 
 
-def expected(name: str, columns: dict[str, list[float]], area: float) -> list[float]:
+def expected(name: str, columns: dict[str, list[float]], area: float, floors: dict[str, float]) -> list[float]:
     """Utilities of one group of valid samples, sample by sample."""
     count = len(columns["hps"])
     utilities = [0.0] * count
@@ -77,7 +79,8 @@ def expected(name: str, columns: dict[str, list[float]], area: float) -> list[fl
     shares = {"hps": semantic, "clip": semantic, "seam": 1 - semantic}
     for scorer, weight in WEIGHTS.items():
         column = columns[scorer]
-        silent = count < 2 or (scorer == "clip" and stdev(column) < 0.9)
+        if count > 1 and stdev(column) < floors.get(scorer, 0.0):
+            column = [mean(column)] * count
         for i in range(count):
             lower = [other for j, other in enumerate(column) if j != i and other < column[i]]
             ties = [other for j, other in enumerate(column) if j != i and other == column[i]]
@@ -86,7 +89,7 @@ def expected(name: str, columns: dict[str, list[float]], area: float) -> list[fl
                 * {
                     "weighted_sum": column[i],
                     "normalized": z(column)[i],
-                    "scale_aware": 0.0 if silent else shares[scorer] * z(column)[i],
+                    "scale_aware": shares[scorer] * z(column)[i],
                     "rank_ensemble": len(set(lower)),
                     "caen": (len(lower) + len(ties) / 2) / max(1, count - 1) / 3.5,
                 }[name]
@@ -94,15 +97,16 @@ def expected(name: str, columns: dict[str, list[float]], area: float) -> list[fl
     return utilities
 
 
+@FLOORS
 @pytest.mark.parametrize("name", COMBINERS)
-def test_a_combiner_is_its_formula_over_the_valid_samples(name, batch):
+def test_a_combiner_is_its_formula_over_the_valid_samples(name, floors, batch):
     scores, areas_N = batch
-    judgement = Rewards(WEIGHTS, combine=COMBINERS[name]).judge(scores, areas_N, G)
+    judgement = Rewards(WEIGHTS, floors, combine=COMBINERS[name]).judge(scores, areas_N, G)
     assert judgement.utilities_N.dtype == torch.float32
     assert torch.equal(judgement.utilities_N.isnan(), ~scores.valid_N)
     for numbers, columns, area in groups_of(scores, areas_N):
         found = judgement.utilities_N[numbers].tolist()
-        assert found == pytest.approx(expected(name, columns, area), rel=1e-5, abs=1e-6)
+        assert found == pytest.approx(expected(name, columns, area, floors), rel=1e-5, abs=1e-6)
 
 
 def advantages_of_group(utilities: list[float], spread: float) -> list[float]:
@@ -110,14 +114,15 @@ def advantages_of_group(utilities: list[float], spread: float) -> list[float]:
     return [(utility - mean(utilities)) / (spread + EPS) for utility in utilities]
 
 
+@FLOORS
 @pytest.mark.parametrize("spread", ["group", "batch"])
 @pytest.mark.parametrize("name", COMBINERS)
-def test_advantages_follow_from_the_valid_samples_of_groups_with_enough(name, spread, batch):
+def test_advantages_follow_from_the_valid_samples_of_groups_with_enough(name, spread, floors, batch):
     scores, areas_N = batch
-    judgement = Rewards(WEIGHTS, combine=COMBINERS[name]).judge(scores, areas_N, G)
+    judgement = Rewards(WEIGHTS, floors, combine=COMBINERS[name]).judge(scores, areas_N, G)
     found = group_relative(judgement, G, spread, EPS, 100.0)
     kept = [
-        (numbers, expected(name, columns, area))
+        (numbers, expected(name, columns, area, floors))
         for numbers, columns, area in groups_of(scores, areas_N)
         if len(numbers) >= max(2, math.ceil(G / 2))
     ]
@@ -166,6 +171,38 @@ def test_rounding_does_not_tell_apart_samples_that_are_equal():
     assert judgement.utilities_N[0] == judgement.utilities_N[1]
 
 
+@pytest.mark.parametrize("name", ["normalized", "scale_aware", "rank_ensemble", "caen"])
+def test_jitter_below_the_floor_changes_no_utility(name):
+    draw = torch.Generator().manual_seed(3)
+    hps, seam = torch.rand(2, B * G, generator=draw)
+    clip = torch.rand(B, generator=draw).repeat_interleave(G)
+    jittered = clip + 1e-5 * (2 * torch.rand(B * G, generator=draw) - 1)
+    still, moved = (
+        Scores({"hps": hps, "clip": values, "seam": seam}, {}, torch.ones(B * G, dtype=torch.bool), ())
+        for values in (clip, jittered)
+    )
+
+    def utilities_N(scores: Scores, floors: dict[str, float]) -> torch.Tensor:
+        return Rewards(WEIGHTS, floors, combine=COMBINERS[name]).judge(scores, torch.full((B * G,), 0.3), G).utilities_N
+
+    assert torch.equal(utilities_N(moved, {"clip": 1e-4}), utilities_N(still, {}))
+    assert not torch.allclose(utilities_N(moved, {}), utilities_N(still, {}), atol=1e-2)
+
+
+def test_floors_keep_every_bit_of_the_groups_above_them(batch):
+    scores, areas_N = batch
+    low = Rewards(WEIGHTS, dict.fromkeys(WEIGHTS, 1e-9), combine=Normalized(EPS)).judge(scores, areas_N, G)
+    none = Rewards(WEIGHTS, combine=Normalized(EPS)).judge(scores, areas_N, G)
+    torch.testing.assert_close(low.utilities_N, none.utilities_N, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_guard_looks_at_the_raw_scores_of_a_group_below_its_floor():
+    scores = scores_of(hps=[0.49, 0.51, 0.52])
+    judgement = Rewards({"hps": 1.0}, {"hps": 0.1}, guards={"hps": 0.5}).judge(scores, torch.ones(3), 3)
+    assert judgement.vetoed_N.tolist() == [True, False, False]
+    assert len(judgement.utilities_N.unique()) == 1
+
+
 def test_a_hole_decides_which_kind_of_scorer_leads():
     scores = scores_of(hps=[0.0, 1.0] * 3, seam=[1.0, 0.0] * 3)
     areas = torch.tensor([0.02, 0.02, 0.5, 0.5, 0.98, 0.98])
@@ -180,7 +217,8 @@ def test_a_hole_decides_which_kind_of_scorer_leads():
         ({"combine": ScaleAware()}, "combine.boundary: found seam, which rewards.scorers does not reward; name some"),
         ({"combine": ScaleAware(["hps", "clip"])}, "some must judge the boundary and some must not"),
         ({"combine": ScaleAware([])}, "some must judge the boundary and some must not"),
-        ({"combine": ScaleAware(["hps"], floors={"seam": 0.1})}, "combine.floors: found seam, which"),
+        ({"floors": {"hps": 0.1, "seam": 0.1}}, "floors: found seam, which rewards.scorers does not reward; name some"),
+        ({"guards": {"small_masks": 0.0}}, "guards: found small_masks, but .* served under another, as ANOTHER=small"),
         ({"holdout": ["pick", "hps"]}, "holdout: found hps, which rewards.scorers weighs or rewards.guards names"),
         ({"holdout": ["kept"], "guards": {"kept": 0.0}}, "holdout: found kept, which"),
     ],
@@ -190,6 +228,21 @@ def test_scorers_that_do_not_go_together_are_refused(section, message):
         Rewards({"hps": 1.0, "clip": 1.0, "seam": 0.0}, **section)
     with pytest.raises(Impossible, match=r"found 0\.6, above most_semantic, 0\.5"):
         ScaleAware(least_semantic=0.6, most_semantic=0.5)
+
+
+def test_no_scorer_may_have_the_name_of_a_metric_or_column(batch):
+    scores, areas_N = batch
+    judgement = Rewards(WEIGHTS).judge(scores, areas_N, G)
+    metrics = [
+        *group_metrics(scores.combined_N(WEIGHTS), judgement, areas_N, G),
+        *HeldOut(torch.ones(2), torch.ones(2), {}, 0.0).metrics(),
+    ]
+    taken = {name.split("/")[1] for name in metrics if name.startswith(("reward/", "heldout/"))}
+    assert {"group_std", "medium_masks", "loss_error"} < taken
+    for name in taken | {"id", "prompt", "area"}:
+        with pytest.raises(Impossible, match=f"holdout: found {name}, but"):
+            Rewards({"hps": 1.0}, holdout=[name])
+    Rewards({"area_masks2": 1.0, "mean_hue": 1.0, "masks": 1.0})
 
 
 def test_who_is_asked_and_who_is_required():

@@ -30,7 +30,7 @@ from transformers import BlipTextModel, BlipVisionModel, CLIPModel
 from reward_servers.clip import load_clip
 from reward_servers.convert import main
 from reward_servers.published import Published, layout
-from reward_servers.views import see
+from reward_servers.views import preprocess
 
 PROMPTS = ["a red fox", "two cats on a sofa, oil on canvas", "sea"]
 
@@ -68,7 +68,7 @@ def test_hps_computes_what_the_published_layout_does(clip, tmp_path):
     assert convert("hps_v2", save(state, tmp_path / "h.pt"), tmp_path / "hps", "--tokenizer", TOKENIZER) == 0
     loaded, inputs = load_clip(tmp_path / "hps", "fp32", torch.device("cpu")), item_inputs(pictures(3), PROMPTS)
     tokens = loaded.tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
-    images_ND, texts_ND = open_clip_embeddings(state, see(inputs, "pasted", "letterbox", 32), tokens.input_ids)
+    images_ND, texts_ND = open_clip_embeddings(state, preprocess(inputs, "pasted", "letterbox", 32), tokens.input_ids)
     assert (loaded.image_embeddings(inputs, "pasted", "letterbox") - images_ND).abs().max() < 1e-6
     assert (loaded.text_embeddings(PROMPTS) - texts_ND).abs().max() < 1e-6
     assert torch.pdist(images_ND).min() > 0.02
@@ -265,7 +265,7 @@ def test_a_tokenizer_is_there_when_needed(tmp_path, capsys, kind, tokenizer, sen
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", b"PK\x03\x04 half a zip"])
+@pytest.mark.parametrize("content", [b"", b"not a pickle", b"\x80\x02.", b"PK\x03\x04 half a zip"])
 def test_a_broken_file_is_refused(tmp_path, capsys, content):
     (tmp_path / "broken.pt").write_bytes(content)
     assert convert("aesthetic", tmp_path / "broken.pt", tmp_path / "out") == 2

@@ -133,13 +133,18 @@ def test_scores_are_those_of_transformers_own_model(weights):
     assert not scored.invalid
 
 
-def test_image_and_prompt_both_matter_and_items_do_not_touch(weights):
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-3)])
+def test_an_item_scores_the_same_alone_and_in_any_batch(weights, precision, tolerance):
+    pictures, prompts = images(4), [*PROMPTS, "", "a longer prompt " * 5]
+    batch = score(weights, pictures, prompts, precision).scores_N
+    assert batch.std() > 0.05
+    alone = [score(weights, pictures[i : i + 1], prompts[i : i + 1], precision).scores_N for i in range(4)]
+    torch.testing.assert_close(torch.cat(alone), batch, atol=tolerance, rtol=0)
+
+
+def test_image_and_prompt_both_matter(weights):
     pictures = images(2)
     batch = score(weights, pictures, PROMPTS).scores_N
-    for i in range(2):
-        torch.testing.assert_close(
-            score(weights, pictures[i : i + 1], PROMPTS[i : i + 1]).scores_N[0], batch[i], atol=1e-4, rtol=0
-        )
     swapped = score(weights, pictures, PROMPTS[::-1]).scores_N
     assert (swapped - batch).abs().min() > 0.01
     assert (score(weights, pictures.flip(0), PROMPTS).scores_N - batch).abs().min() > 0.01
@@ -198,7 +203,7 @@ def test_the_folder_is_checked(weights, tmp_path):
         "lacks instruction.txt": {"instruction": None},
         "{text_prompt} 0 times": {"instruction": b"Rate it: <|Reward|>"},
         "<|Reward|> 2 times": {"instruction": b"{text_prompt} <|Reward|> <|Reward|>"},
-        "'clip', not 'qwen2_vl'": {"config": json.dumps(config | {"model_type": "clip"}).encode()},
+        "say model_type 'qwen2_vl', found 'clip'": {"config": json.dumps(config | {"model_type": "clip"}).encode()},
         "mlp.down_proj.weight: needed [32, 64], found [32, 48]": {"config": json.dumps(wide).encode()},
         "3.bias: needed [16], found none": {"HPSv3": (tmp_path / "headless").read_bytes()},
     }

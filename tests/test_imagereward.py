@@ -14,7 +14,7 @@ from reward_servers.convert import main
 from reward_servers.errors import SetupError
 from reward_servers.loading import load
 from reward_servers.scorer import Need
-from reward_servers.views import see
+from reward_servers.views import preprocess
 
 PROMPTS = ["a red fox", "two cats on a sofa " * 5, "sea", "a red fox"]
 
@@ -40,7 +40,7 @@ def test_the_scores_are_those_of_the_published_layout(folder):
     assert (tokens.input_ids[:, 0] == tokenizer.cls_token_id).all()
     assert tokens.attention_mask.sum(1).tolist() == [9, 35, 5, 9]
     expected_N = imagereward_scores(
-        tiny_imagereward(), see(inputs, "pasted", "crop", 32), tokens.input_ids, tokens.attention_mask.bool()
+        tiny_imagereward(), preprocess(inputs, "pasted", "crop", 32), tokens.input_ids, tokens.attention_mask.bool()
     )
     scored = scores(folder, inputs)
     assert not scored.invalid
@@ -50,7 +50,7 @@ def test_the_scores_are_those_of_the_published_layout(folder):
 
 def test_an_item_is_scored_alike_alone_and_in_a_batch(folder):
     inputs = item_inputs(pictures(4), PROMPTS)
-    alone_N = torch.cat([scores(folder, inputs.item(n)).scores_N for n in range(4)])
+    alone_N = torch.cat([scores(folder, inputs.rows(n, n + 1)).scores_N for n in range(4)])
     assert (scores(folder, inputs).scores_N - alone_N).abs().max() < 1e-5
 
 
@@ -78,7 +78,7 @@ def test_weights_that_do_not_fit_are_refused(folder, tmp_path):
     with pytest.raises(SetupError, match="The tokenizer in"):
         scores(incomplete, item_inputs(pictures(1)))
     (incomplete / "config.json").unlink()
-    with pytest.raises(SetupError, match="does not hold an ImageReward"):
+    with pytest.raises(SetupError, match=r"config\.json must be there .* Make an ImageReward"):
         load_blip(incomplete, "bf16", torch.device("cpu"))
     with pytest.raises(SetupError, match="convert imagereward"):
         load("imagereward")

@@ -65,6 +65,13 @@ def test_pairs_of_groups():
         assert torch.equal(numbers // 4, torch.arange(8))
 
 
+@pytest.mark.parametrize(("valid_ones", "weight"), [(2, 0), (3, 0), (4, 1), (8, 1)])
+def test_a_group_too_thin_to_judge_holds_no_preference(valid_ones, weight):
+    """As in GRPO: of 8 samples at least 4 must be valid."""
+    rewards, valid = torch.arange(8.0), torch.arange(8) < valid_ones
+    assert pairs_of(rewards, valid, 8, 1e-6).weights_B.tolist() == [weight]
+
+
 def test_the_least_spread_is_compared_with_the_unbiased_std():
     rewards, valid = torch.tensor([0.0, 1.0]), torch.tensor([True, True])
     assert pairs_of(rewards, valid, 2, 0.70).weights_B.tolist() == [1]

@@ -36,7 +36,7 @@ def test_metrics_are_those_of_get_stats(servers, tmp_path):
     )
     with (
         grpc.insecure_channel(server.address) as channel,
-        metrics_endpoint(0, server.service.stats.response) as metrics,
+        metrics_endpoint(0, server.service.read_stats) as metrics,
     ):
         stub = reward_pb2_grpc.RewardServiceStub(channel)
         stub.Score(request)

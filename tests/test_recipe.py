@@ -164,6 +164,15 @@ BROKEN = {
         ("    seam: 1.0", "    seam: 1.0\n  combine:\n    name: scale_aware\n    boundary: [rim]"),
         "grpo.yaml:26: rewards.combine.boundary: found rim, which rewards.scorers does not reward; name some of seam.",
     ),
+    "floor of a scorer that is not rewarded": (
+        ("    seam: 1.0", "    seam: 1.0\n  floors:\n    raem: 1.0e-4"),
+        "grpo.yaml:24: rewards.floors: found raem, which rewards.scorers does not reward; name some of seam.",
+    ),
+    "scorer with the name of a metric": (
+        ("seam: 1.0", "std: 1.0"),
+        "grpo.yaml:22: rewards.scorers: found std, but metrics and columns of that name are something else. Have the "
+        "scorer served under another, as ANOTHER=std, and name that here.",
+    ),
     "hold-out that is trained on": (
         ("    seam: 1.0", "    seam: 1.0\n  holdout: [seam]"),
         "grpo.yaml:24: rewards.holdout: found seam, which rewards.scorers weighs or rewards.guards names; a hold-out "

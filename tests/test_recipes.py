@@ -13,7 +13,7 @@ from ds_inpaint.recipe import Recipe, load_recipe
 ALGORITHMS, MODELS = ("grpo", "dpo", "sft"), ("sd", "flux")
 PAIRS = [f"{algorithm}_{model}" for algorithm, model in product(ALGORITHMS, MODELS)]
 FOLDERS = (Path("recipes"), Path("recipes/tiny"))
-REWARDED = ("servers", "scorers", "guards", "holdout", "combine")
+REWARDED = ("servers", "scorers", "floors", "guards", "holdout", "combine")
 DECIDED_BY = {
     **dict.fromkeys(("run.name", "run.dir", "run.iterations", "data.batch", "sampler", "algorithm"), "both"),
     **dict.fromkeys(("optimizer.schedule", "optimizer.warmup_steps"), "algorithm"),

@@ -89,8 +89,8 @@ def by_hand(weights, image, mask, box, window=8, stride=4):
 @pytest.mark.parametrize(
     ("mask_box", "square"),
     [
-        ((20, 58, 30, 68), (7, 17, 64)),  # 1.2 * 38 = 45.6 -> 46 at (16, 26), grown to 64 at (7, 17)
-        ((0, 38, 58, 96), (0, 32, 64)),  # in a corner: shifted inside, (0, 50) -> (0, 32)
+        ((20, 58, 30, 68), (7, 17, 64)),  # 1.4 * 1.2 * 38 = 63.84 -> 64, around the middle (39, 49)
+        ((0, 38, 58, 96), (0, 32, 64)),  # in a corner: shifted inside, (-13, 45) -> (0, 32)
         ((26, 30, 20, 58), (0, 0, 0)),
     ],
     ids=["inner", "corner", "thin"],
@@ -127,7 +127,7 @@ def test_an_item_scores_the_same_alone_and_in_any_batch(weights):
     masks = torch.cat([box_mask(10 + 5 * n, 40 + 6 * n, 12, 50 + 9 * n) for n in range(4)])
     batch = scorer(weights).score(inputs(images, masks))
     for i in range(4):
-        alone = scorer(weights).score(inputs(images, masks).item(i))
+        alone = scorer(weights).score(inputs(images, masks).rows(i, i + 1))
         torch.testing.assert_close(alone.scores_N, batch.scores_N[i : i + 1], atol=1e-5, rtol=0)
         torch.testing.assert_close(
             alone.components["remove_like"], batch.components["remove_like"][i : i + 1], atol=1e-5, rtol=0

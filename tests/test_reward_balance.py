@@ -68,7 +68,8 @@ def test_one_of_three_servers_that_dies_under_load_loses_nothing(servers):
             assert_equal(expected, client.collect(each))
         traffic = client.traffic()
     assert len(traffic.seconds) == 60
-    assert traffic.retries == traffic.failovers > 0
+    assert traffic.retries == traffic.failovers == len(traffic.failover_seconds) > 0
+    assert all(0 < seconds < 10 for seconds in traffic.failover_seconds)
 
 
 def test_requests_are_spread_over_the_servers(servers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 
@@ -11,10 +12,10 @@ from client_helpers import WEIGHTS, assert_equal, rewards, scores_of
 from ds_inpaint_protos.reward.v1 import reward_pb2
 from reward_helpers import FAULTY_SCORER, Servers, random_samples
 
-from ds_inpaint import reward_client
 from ds_inpaint.errors import InputError, RewardsUnavailable
 from ds_inpaint.keys import Impossible
 from ds_inpaint.reward_client import RewardClient
+from ds_inpaint.reward_routes import Offered
 from ds_inpaint.reward_traffic import Traffic, metrics
 from ds_inpaint.reward_wire import read_response
 from ds_inpaint.rewards import Rewards
@@ -167,26 +168,53 @@ def test_wrong_dtypes_and_forks_are_refused(server, monkeypatch):
             client.submit(**samples)
 
 
-def test_a_response_about_something_else_is_not_read():
-    result = reward_pb2.ScorerResult(scorer="seam", scores=[0.1], statuses=[1], messages=[""])
-    response = reward_pb2.ScoreResponse(results=[result])
-    with pytest.raises(ValueError, match="each of the 2 items"):
-        read_response(response, ["a", "b"], ["seam"], ["seam"])
-    with pytest.raises(ValueError, match=r"for scorers .'seam'., not"):
-        read_response(response, ["a"], ["ring_texture"], [])
+def seam_result(**changes):
+    """What a server says of two samples, the second of which has no score."""
+    result = {
+        "scorer": "seam",
+        "fingerprint": "f",
+        "scores": [0.5, math.nan],
+        "statuses": [reward_pb2.ITEM_STATUS_OK, reward_pb2.ITEM_STATUS_INVALID_INPUT],
+        "messages": ["", "empty mask"],
+        "components": [reward_pb2.Component(name="near", values=[1.0, math.nan])],
+    }
+    return reward_pb2.ScorerResult(**result | changes)
 
 
-def test_submit_waits_while_too_much_is_under_way(faulty, monkeypatch):
-    samples = random_samples(2) | {"prompts": ["slow", "slow"]}
-    room = samples["masks_NHW"].nbytes + 1
-    with monkeypatch.context() as small:
-        small.setattr(reward_client, "PENDING_BYTES", room)
-        client = RewardClient.connect(rewards({"faulty": 1.0}), [faulty.address])
-    with client:
-        started = time.monotonic()
-        pending = [client.submit(**samples) for _ in range(3)]
-        assert time.monotonic() - started > 0.8  # two of them were answered
-        assert all(client.collect(each).valid_N.all() for each in pending)
+SEAM = {"seam": Offered("f", ("near",), frozenset())}
+
+
+@pytest.mark.parametrize(
+    ("results", "words"),
+    [
+        ([], "for scorers \\[\\], not"),
+        ([seam_result(), seam_result()], "for scorers .'seam', 'seam'., not"),
+        ([seam_result(scorer="ring_texture")], "for scorers .'ring_texture'., not"),
+        ([seam_result(fingerprint="0" * 64)], "fingerprint 000000000000, not f"),
+        ([seam_result(components=[])], "components"),
+        ([seam_result(components=[reward_pb2.Component(name="far", values=[1, 1])])], "components"),
+        ([seam_result(components=[reward_pb2.Component(name="near", values=[1])])], "each of the 2 items"),
+        ([seam_result(scores=[0.5])], "each of the 2 items"),
+        ([seam_result(statuses=[1, 2, 2])], "each of the 2 items"),
+        ([seam_result(messages=[])], "each of the 2 items"),
+        ([seam_result(scores=[0.5, 0.5])], "contradicts itself"),
+        ([seam_result(scores=[math.inf, math.nan])], "contradicts itself"),
+        ([seam_result(statuses=[1, 1])], "contradicts itself"),
+        ([seam_result(statuses=[77, 2])], "contradicts itself"),
+    ],
+)
+def test_a_response_that_is_no_answer_is_not_read(results, words):
+    with pytest.raises(ValueError, match=words):
+        read_response(reward_pb2.ScoreResponse(results=results), ["a", "b"], SEAM, ["seam"])
+
+
+def test_a_response_is_read_as_it_is():
+    scores = read_response(reward_pb2.ScoreResponse(results=[seam_result()]), ["a", "b"], SEAM, ["seam"])
+    assert scores.values["seam"].tolist()[0] == 0.5
+    assert scores.values["seam"].isnan().tolist() == [False, True]
+    assert scores.components["seam/near"].tolist()[0] == 1.0
+    assert scores.valid_N.tolist() == [True, False]
+    assert scores.messages == ("b: seam: empty mask",)
 
 
 def test_traffic_is_counted_between_two_readings(server):
@@ -201,18 +229,20 @@ def test_traffic_is_counted_between_two_readings(server):
     assert all(0 < ms / 1000 < seconds for ms, seconds in zip(traffic.compute_ms, traffic.seconds, strict=True))
     sent = sum(samples[name].nbytes for name in ("raw_NHWC", "pasted_NHWC", "masks_NHW", "references_NHWC"))
     assert sent <= traffic.bytes_sent / 2 < 1.05 * sent
-    assert (traffic.retries, traffic.failovers) == (0, 0)
+    assert (traffic.retries, traffic.failovers, traffic.failover_seconds) == (0, 0, [])
 
 
 def test_traffic_of_all_ranks_becomes_one_row_of_metrics():
-    ranks = [Traffic([1.0, 3.0], [10.0, 20.0], [4.0, 4.0], 500, 2, 1), Traffic([2.0], [60.0], [1.0], 100)]
+    ranks = [Traffic([1.0, 3.0], [10.0, 20.0], [4.0, 4.0], 500, 3, 2, [0.2, 1.5]), Traffic([2.0], [60.0], [1.0], 100)]
     assert metrics(ranks) == {
         "rewards/latency_p50": 2.0,
         "rewards/latency_p95": pytest.approx(2.9),
         "rewards/queue_ms": 30.0,
         "rewards/compute_ms": 3.0,
         "rewards/bytes_sent": 600.0,
-        "rewards/retries": 2.0,
-        "rewards/failovers": 1.0,
+        "rewards/retries": 3.0,
+        "rewards/failovers": 2.0,
+        "rewards/failover_seconds_max": 1.5,
     }
+    assert metrics(ranks[1:])["rewards/failover_seconds_max"] == 0.0
     assert metrics([Traffic(), Traffic()]) == {}

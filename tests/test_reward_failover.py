@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -83,16 +84,25 @@ def test_a_spent_retry_budget_stops_the_run_in_bounded_time(servers):
 
 def test_no_server_at_the_start_stops_the_run_in_bounded_time():
     started = time.monotonic()
-    with pytest.raises(RewardsUnavailable, match=NOWHERE):
+    with pytest.raises(RewardsUnavailable, match=rf"{NOWHERE}.* See its log and start it again\. Then resume"):
         RewardClient.connect(rewards(retry_seconds=0.3), [NOWHERE])
     assert time.monotonic() - started < 3
+
+
+def test_a_start_goes_on_without_a_server_whose_scorers_others_have(server, caplog):
+    with RewardClient.connect(rewards(retry_seconds=0.3), [NOWHERE, server.address]) as client:
+        assert scores_of(client, random_samples(1)).valid_N.all()
+        assert client.traffic().retries == 0
+    assert caplog.text.count(f"Reward server {NOWHERE} IS NOT USED until the run is started again.") == 1
+    with pytest.raises(RewardsUnavailable, match=f"No reward server among {NOWHERE} answered"):
+        RewardClient.connect(rewards({"seam": 1.0, "ring_texture": 0.0}), [server.address, NOWHERE])
 
 
 def test_a_request_too_slow_for_its_deadline_counts_as_a_failure(faulty):
     samples = random_samples(1) | {"prompts": ["slow"]}
     recipe = rewards({"faulty": 1.0}, timeout_seconds=0.15)
     client = RewardClient.connect(recipe, [faulty.address])
-    with client, pytest.raises(RewardsUnavailable, match="DEADLINE_EXCEEDED"):
+    with client, pytest.raises(RewardsUnavailable, match=r"DEADLINE_EXCEEDED.* Raise rewards\.timeout_seconds"):
         scores_of(client, samples)
 
 
@@ -110,7 +120,7 @@ class Scripted(reward_pb2_grpc.RewardServiceServicer, health_pb2_grpc.HealthServ
     """A server of the scorer seam that first fails as often as it should, and keeps a record of what it is asked."""
 
     def __init__(self, failures: int, code: grpc.StatusCode, pushback_ms: str | None = None) -> None:
-        self.failures, self.code, self.healthy = failures, code, False
+        self.failures, self.code, self.healthy, self.sick = failures, code, False, False
         self.trailers = () if pushback_ms is None else (("grpc-retry-pushback-ms", pushback_ms),)
         self.calls: list[float] = []
         self.checks: list[str] = []
@@ -126,8 +136,10 @@ class Scripted(reward_pb2_grpc.RewardServiceServicer, health_pb2_grpc.HealthServ
             context.set_trailing_metadata(self.trailers)
             context.abort(self.code, "as told")
         result = reward_pb2.ScorerResult(
-            scorer="seam", scores=[0.5], statuses=[reward_pb2.ITEM_STATUS_OK], messages=[""]
+            scorer="seam", fingerprint="f", scores=[0.5], statuses=[reward_pb2.ITEM_STATUS_OK], messages=[""]
         )
+        if self.sick:
+            result.scores[0], result.statuses[0] = math.nan, reward_pb2.ITEM_STATUS_SCORER_ERROR
         return reward_pb2.ScoreResponse(results=[result])
 
     def Check(self, request, context):
@@ -137,18 +149,68 @@ class Scripted(reward_pb2_grpc.RewardServiceServicer, health_pb2_grpc.HealthServ
 
 
 @contextmanager
-def client_of(service: Scripted, retry_seconds: float = 5):
-    server = grpc.server(ThreadPoolExecutor(4))
-    reward_pb2_grpc.add_RewardServiceServicer_to_server(service, server)
-    health_pb2_grpc.add_HealthServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    with RewardClient.connect(rewards({"seam": 1.0}, retry_seconds), [f"127.0.0.1:{port}"]) as client:
+def client_of(*services: Scripted, retry_seconds: float = 5):
+    servers, addresses = [], []
+    for service in services:
+        servers.append(grpc.server(ThreadPoolExecutor(4)))
+        reward_pb2_grpc.add_RewardServiceServicer_to_server(service, servers[-1])
+        health_pb2_grpc.add_HealthServicer_to_server(service, servers[-1])
+        addresses.append(f"127.0.0.1:{servers[-1].add_insecure_port('127.0.0.1:0')}")
+        servers[-1].start()
+    with RewardClient.connect(rewards({"seam": 1.0}, retry_seconds), addresses) as client:
         yield client
-    server.stop(None).wait()
+    for server in servers:
+        server.stop(None).wait()
 
 
-@pytest.mark.parametrize("pushback_ms", ["200", None, "-1"])
+def sick_and_well() -> tuple[Scripted, Scripted]:
+    services = Scripted(0, grpc.StatusCode.OK), Scripted(0, grpc.StatusCode.OK)
+    services[0].sick = True
+    services[0].healthy = services[1].healthy = True
+    return services
+
+
+def test_a_server_whose_scorer_fails_on_every_item_is_passed_over(caplog):
+    sick, well = sick_and_well()
+    with client_of(sick, well) as client:
+        for _ in range(20):
+            assert scores_of(client, random_samples(1)).values["seam"].tolist() == [0.5]
+        traffic = client.traffic()
+    assert len(well.calls) == 20
+    assert 1 <= len(sick.calls) == traffic.failovers == len(traffic.failover_seconds) < 10
+    assert "seam failed on every item" in caplog.text
+
+
+def test_what_every_server_says_of_an_item_is_accepted_after_asking_each_once():
+    services = sick_and_well()
+    services[1].sick = True
+    with client_of(*services) as client:
+        scores = scores_of(client, random_samples(1))
+    assert [len(service.calls) for service in services] == [1, 1]
+    assert scores.values["seam"].isnan().all()
+    assert not scores.valid_N.any()
+
+
+def test_what_one_server_says_of_an_item_is_accepted_while_the_others_are_away():
+    sick, away = sick_and_well()
+    away.failures, away.code, away.healthy = 1, grpc.StatusCode.UNAVAILABLE, False
+    with client_of(sick, away, retry_seconds=30) as client:
+        started = time.monotonic()
+        assert scores_of(client, random_samples(1)).values["seam"].isnan().all()
+        assert time.monotonic() - started < 10
+    assert [len(sick.calls), len(away.calls)] == [1, 1]
+
+
+def test_a_request_that_a_server_failed_waits_for_a_busy_one_instead():
+    sick, busy = sick_and_well()
+    busy.failures, busy.code = 3, grpc.StatusCode.RESOURCE_EXHAUSTED
+    busy.trailers = (("grpc-retry-pushback-ms", "300"),)
+    with client_of(sick, busy) as client:
+        assert scores_of(client, random_samples(1)).values["seam"].tolist() == [0.5]
+    assert [len(sick.calls), len(busy.calls)] == [1, 4]
+
+
+@pytest.mark.parametrize("pushback_ms", ["200", None, "-1", "soon", "9" * 5000])
 def test_a_busy_server_is_asked_again_only_when_and_if_it_says_so(pushback_ms):
     service = Scripted(2, grpc.StatusCode.RESOURCE_EXHAUSTED, pushback_ms)
     with client_of(service, retry_seconds=0) as client:  # a queue that is full is no absence
@@ -171,10 +233,10 @@ def test_a_server_that_stays_busy_stops_the_run_in_bounded_time(monkeypatch):
     assert len(service.calls) <= 31  # even when it says to come back at once
 
 
-@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN", "ABORTED"])
 def test_a_server_that_is_away_gets_no_images_until_it_says_that_it_is_well(code, caplog):
     caplog.set_level(logging.INFO)
-    service = Scripted(1, code)
+    service = Scripted(1, grpc.StatusCode[code])
     with client_of(service, retry_seconds=20) as client:
         pending = [client.submit(**random_samples(1)) for _ in range(3)]
         wait_until(lambda: len(service.checks) >= 3)
@@ -186,7 +248,7 @@ def test_a_server_that_is_away_gets_no_images_until_it_says_that_it_is_well(code
         service.healthy = True
         assert all(client.collect(each).values["seam"].tolist() == [0.5] for each in pending)
     assert set(service.checks) == {"ds_inpaint.reward.v1.RewardService"}
-    assert caplog.text.count(f"does not answer and is asked again: {code.name}: as told") == 1
+    assert caplog.text.count(f"does not answer and is asked again: {code}: as told") == 1
     assert caplog.text.count("is back after") == 1
 
 

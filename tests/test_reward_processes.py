@@ -11,9 +11,12 @@ import sys
 import time
 from contextlib import ExitStack
 
+import grpc
 import pytest
 import torch
-from reward_helpers import FAULTY_SCORER, random_samples, server_process
+from ds_inpaint_protos.reward.v1 import reward_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from reward_helpers import FAULTY_SCORER, random_samples, score_request, server_process
 
 from ds_inpaint.embedded_server import EmbeddedServer
 from ds_inpaint.errors import InputError
@@ -50,6 +53,43 @@ def test_a_server_may_be_killed_and_started_again_and_finishes_when_told_to_stop
     assert [record["message"] for record in records if "Draining" in record["message"]] == ["Draining for up to 10 s."]
     assert all(record.keys() >= {"time", "level", "logger"} for record in records)
     assert not any(prompt in log for prompt in ("slow", *samples["prompts"]))
+
+
+DYING_SCORER = (
+    FAULTY_SCORER
+    + """
+
+from reward_servers import scoring
+from reward_servers.errors import ServerFailed
+
+
+def check_device(device):
+    if "fatal" in prompts_seen:
+        raise ServerFailed("the GPU is lost")
+
+
+scoring.check_device = check_device
+"""
+)
+
+
+def test_a_server_whose_device_is_lost_says_so_and_ends(tmp_path):
+    (tmp_path / "faulty.py").write_text(DYING_SCORER)
+    command = ("faulty", "--scorers-from", str(tmp_path), "--port", "0")
+    with (
+        server_process(*command, log=tmp_path / "log") as (process, address),
+        grpc.insecure_channel(address) as channel,
+    ):
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="scorer/faulty"))
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            reward_pb2_grpc.RewardServiceStub(channel).Score(score_request("faulty", prompts=["a", "fatal", "b"]))
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert process.wait(20) == 1
+    log = (tmp_path / "log").read_text()
+    assert "Draining" in log
+    assert log.endswith("the GPU is lost\n")
 
 
 STOPPED_WHILE_IT_WARMS_UP = FAULTY_SCORER.replace(

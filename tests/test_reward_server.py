@@ -15,11 +15,12 @@ from ds_inpaint_protos.reward.v1 import reward_pb2, reward_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from reward_helpers import FAULTY_SCORER, Servers, hostile_requests, random_samples, score_request, wire_tensor
 
-from reward_servers.errors import SetupError
+from reward_servers.errors import RequestRefused, SetupError
 from reward_servers.limits import Limits
 from reward_servers.loading import load
 from reward_servers.scorer import Inputs, Need
 from reward_servers.server import SERVICE_NAME
+from reward_servers.wire import read_job
 
 OK = reward_pb2.ITEM_STATUS_OK
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -62,6 +63,16 @@ def test_scores_are_those_of_the_scorers(stub):
         assert {c.name: pytest.approx(list(c.values)) for c in result.components} == {
             name: values.tolist() for name, values in expected.components.items()
         }
+
+
+def test_of_a_request_only_what_its_scorers_need_is_kept():
+    job = read_job(score_request("seam", count=3), [load("seam")], LIMITS)
+    assert set(job.images) == {Need.PASTED_IMAGES, Need.MASKS}
+    assert (job.prompts, job.num_bytes) == ((), 3 * 48 * 48 * 4)
+    request = score_request("seam", count=3)
+    request.reference_images.tensor.data += b"x"
+    with pytest.raises(RequestRefused, match="reference_images has shape"):
+        read_job(request, [load("seam")], LIMITS)
 
 
 def test_info_says_what_is_offered_and_accepted(stub):
@@ -194,7 +205,7 @@ def spoil(request, how):
         ("no scorers", "INVALID_ARGUMENT", "names no scorer. This server offers seam, known_fidelity"),
         ("twice", "INVALID_ARGUMENT", "names a scorer twice"),
         ("unknown scorer", "NOT_FOUND", "does not offer scorer 'seem'. Did you mean 'seam'?"),
-        ("fingerprint", "FAILED_PRECONDITION", "not the expected 0123456789ab"),
+        ("fingerprint", "FAILED_PRECONDITION", "not the expected '0123456789ab'"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_with_a_sentence(stub, how, code, words):
@@ -230,11 +241,16 @@ def test_the_log_has_a_line_for_what_failed_and_never_a_prompt(stub, caplog):
     request.scorers.append("nothing")
     with pytest.raises(grpc.RpcError):
         stub.Score(request)
-    scorer, failed, refused = [r.getMessage() for r in caplog.records if r.name.startswith("reward_servers")]
+    request.expected_fingerprints["faulty"] = "12\nServing"
+    with pytest.raises(grpc.RpcError):
+        stub.Score(request)
+    scorer, failed, refused, unpinned = [r.getMessage() for r in caplog.records if r.name.startswith("reward_servers")]
     assert "Scorer faulty failed on 3 item(s): ValueError at" in scorer
     assert "'faulty': '2 of 3'" in failed
     assert "code=NOT_FOUND reason=This server does not offer scorer 'nothing'." in refused
-    for line in (failed, refused):
+    assert "code=FAILED_PRECONDITION" in unpinned
+    for line in (failed, refused, unpinned):
+        assert "\n" not in line
         assert "request_id='line\\nbreakxxx" in line
         assert len(line) < 400
     assert "a secret" not in caplog.text
@@ -305,12 +321,20 @@ class Scorer:
     info: ClassVar[Info] = Info("Takes its time to warm up.", (Need.MASKS,), (0, 1), "none")
 
     def score(self, inputs: Inputs) -> Scored:
+        scores = inputs.masks_N1HW.mean((1, 2, 3))
         if self.fails_with == "nan":
-            return Scored(torch.full((inputs.count,), torch.nan))
+            return Scored(scores * torch.nan)
+        if self.fails_with == "every item":
+            return Scored(scores, failed=dict.fromkeys(range(inputs.count), "nobody answered"))
+        if self.fails_with == "changed inputs":
+            inputs.masks_N1HW.neg_()
+            return Scored(scores)
+        if self.fails_with == "undeclared need":
+            return Scored(inputs.pasted_NCHW.mean((1, 2, 3)))
         if self.fails_with:
             raise RuntimeError(self.fails_with)
         assert wake.wait(10)
-        return Scored(inputs.masks_N1HW.mean((1, 2, 3)))
+        return Scored(scores)
 """
 
 
@@ -342,11 +366,16 @@ def test_a_scorer_is_served_from_its_own_warm_up_on(servers, tmp_path):
 
 @pytest.mark.parametrize(
     ("fails_with", "words"),
-    [("no such file", "on cpu: RuntimeError: no such file"), ("nan", "the scorer returned nan")],
+    [
+        ("no such file", "cannot score a made-up batch of 2 images of 64x64 pixels on cpu: RuntimeError: no such file"),
+        ("nan", "the scorer returned nan"),
+        ("every item", "on cpu: nobody answered. Check its settings"),
+        ("changed inputs", "Scorer waking changes its inputs in place, which other scorers read as well: masks."),
+        ("undeclared need", "on cpu: KeyError: <Need.PASTED_IMAGES"),
+    ],
 )
 def test_a_scorer_that_cannot_warm_up_keeps_the_server_from_starting(servers, tmp_path, fails_with, words):
     (tmp_path / "waking.py").write_text(WAKING_SCORER)
-    with pytest.raises(SetupError, match="Scorer waking cannot score a made-up batch") as caught:
+    with pytest.raises(SetupError, match="Scorer waking") as caught:
         servers.start(["waking"], folder=tmp_path, settings={"fails_with": fails_with})
     assert words in str(caught.value)
-    assert "Check its settings and weights" in str(caught.value)

@@ -101,9 +101,16 @@ def ask(channel, *tokens, request_id=""):
     return status_of(lambda: stub.GetServerInfo(request, metadata=metadata, timeout=10))
 
 
-def ask_health(channel):
-    request = health_pb2.HealthCheckRequest(service="scorer/seam")
-    return status_of(lambda: health_pb2_grpc.HealthStub(channel).Check(request, timeout=10))[0]
+def ask_health(channel, *tokens, service="scorer/seam"):
+    """Status codes of Check and Watch with these bearer tokens."""
+    metadata = [("authorization", f"Bearer {token}") for token in tokens]
+    request = health_pb2.HealthCheckRequest(service=service)
+    stub = health_pb2_grpc.HealthStub(channel)
+    calls = (
+        lambda: stub.Check(request, metadata=metadata, timeout=10),
+        lambda: next(stub.Watch(request, metadata=metadata, timeout=10)),
+    )
+    return {status_of(call)[0] for call in calls}
 
 
 @pytest.mark.parametrize(
@@ -116,17 +123,18 @@ def test_a_connection_without_the_right_certificates_is_refused(roots, signed_by
         code, details = ask(channel, TOKEN)
         assert code is grpc.StatusCode.UNAVAILABLE
         assert ("CERTIFICATE_VERIFY_FAILED" in details) == (roots == "strangers")
-        assert ask_health(channel) is grpc.StatusCode.UNAVAILABLE
+        assert ask_health(channel, TOKEN) == {grpc.StatusCode.UNAVAILABLE}
 
 
-def test_a_call_needs_the_token_but_health_does_not(guarded, authorities):
+def test_every_call_needs_the_token(guarded, authorities):
     with connect(guarded, authorities["server"], authorities["clients"]) as channel:
         assert ask(channel, TOKEN)[0] is grpc.StatusCode.OK
         for tokens in ((), ("",), (TOKEN[:-1],), (TOKEN + "x",), (TOKEN.upper(),), (TOKEN, "wrong")):
             code, details = ask(channel, *tokens)
             assert code is grpc.StatusCode.UNAUTHENTICATED
             assert "Send the metadata `authorization: Bearer TOKEN`" in details
-        assert ask_health(channel) is grpc.StatusCode.OK
+            assert ask_health(channel, *tokens) == {grpc.StatusCode.UNAUTHENTICATED}
+        assert ask_health(channel, TOKEN) == {grpc.StatusCode.OK}
 
 
 def test_a_request_without_the_token_is_not_even_read(guarded, authorities):
@@ -134,6 +142,8 @@ def test_a_request_without_the_token_is_not_even_read(guarded, authorities):
     with connect(guarded, authorities["server"], authorities["clients"]) as channel:
         assert ask(channel, TOKEN, request_id=large)[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert ask(channel, request_id=large)[0] is grpc.StatusCode.UNAUTHENTICATED
+        assert ask_health(channel, TOKEN, service=large) == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert ask_health(channel, service=large) == {grpc.StatusCode.UNAUTHENTICATED}
 
 
 def test_client_certificates_and_token_are_each_optional(files, servers, authorities):

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from reward_servers.__main__ import find_device
+from reward_servers.__main__ import compute_in_full_precision, find_device
 from reward_servers.errors import SetupError
 from reward_servers.limits import Limits
 from reward_servers.options import KEYS, Choice, parse
@@ -124,3 +124,11 @@ def test_devices_are_checked(monkeypatch):
             find_device(text)
     with pytest.raises(SetupError, match="cuda:1 asks for a GPU that is not there: PyTorch sees 1 "):
         find_device("cuda:1")
+
+
+def test_fp32_is_not_shortened(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")
+    compute_in_full_precision()
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"

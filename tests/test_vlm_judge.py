@@ -342,7 +342,9 @@ def test_an_empty_mask_has_no_crop_and_costs_no_call(judge):
         ({"pattern": "Score"}, "one group"),
         ({"pattern": "("}, "one group"),
         ({"low": "5"}, "low must be less than high"),
-        ({"at_once": "0"}, "must be positive"),
+        ({"at_once": "0"}, "at_once must be a finite number of at least 1"),
+        ({"deadline_s": "NaN"}, "deadline_s must be a finite number of at least 0.1, found nan"),
+        ({"low": "NaN"}, "low must be less than high"),
         ({"least_mass": "0"}, "least_mass"),
     ],
 )
@@ -351,6 +353,13 @@ def test_impossible_settings_are_explained(judge, settings, words_):
         scorer(judge, **settings)
 
 
-def test_the_fingerprint_follows_model_question_and_mode(judge):
+def test_the_fingerprint_follows_model_question_and_mode_but_not_how_to_reach_them():
     changes = ({}, {"model": "other"}, {"question": "Nice?"}, {"mode": "score"})
     assert len({load("vlm_judge", change).fingerprint for change in changes}) == 4
+    operational = {"key_env": "KEY", "key_file": "key", "at_once": "2", "deadline_s": "9"}
+    assert load("vlm_judge", operational).fingerprint == load("vlm_judge").fingerprint
+
+
+@pytest.mark.parametrize(("header", "seconds"), [("", 0), ("3", 3), ("\u00b2", 0), ("soon", 0)])
+def test_a_retry_after_that_says_nothing_is_no_time(header, seconds):
+    assert openai_client._retry_after(header) == seconds

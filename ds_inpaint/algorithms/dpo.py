@@ -117,7 +117,8 @@ class DPO:
         prepared = rollout.prepare(triples, self.group_size, samples)
         reference = rollout.policy.denoiser.weights
         with reference("reference") if self.sampled_by == "reference" else nullcontext():
-            rollouts = rollout.run(prepared, rewards, purpose="rollout", iteration=iteration)
+            generated = rollout.generate(prepared, rewards, purpose="rollout", iteration=iteration)
+        rollouts = rollout.collect(generated, rewards)
         judgement = rewards.recipe.judge(rollouts.scores, rollouts.areas_N, self.group_size)
         preferences = best_and_worst(judgement, self.group_size, self.least_spread)
         pasted = {
@@ -130,7 +131,7 @@ class DPO:
             updates = [self._pairs(part, judged, rollout) for part in parts]
         metrics = rewards.recipe.metrics(rollouts.scores, judgement, rollouts.areas_N, self.group_size)
         metrics["preference/pairs"] = float(preferences.weights_B.mean())
-        return Experiences(updates, {**metrics, **rollouts.seconds})
+        return Experiences(updates, {**metrics, **rollouts.metrics})
 
     def loss(self, policy: Policy, experience: Pairs) -> Loss:
         """-log sigmoid of how much better than the reference the policy denoises winners, against losers."""

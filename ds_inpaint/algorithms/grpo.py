@@ -137,7 +137,7 @@ class GRPO:
         """Sample and score every group, and judge each sample against its own group."""
         steps = self._choose_steps(rollout, iteration)
         parts = rollout.share(len(triples) * self.group_size, self.updates_per_rollout)
-        rollouts = rollout.run(
+        generated = rollout.generate(
             rollout.prepare(triples, self.group_size, parts),
             rewards,
             purpose="rollout",
@@ -146,11 +146,12 @@ class GRPO:
             focus=lambda holes_n1HW: self._focus(holes_n1HW, rollout.latent_shape),
             same_start=self.same_start,
         )
+        references = self._reference_predictions(generated.chunks, steps, rollout)
+        rollouts = rollout.collect(generated, rewards)
         judgement = rewards.recipe.judge(rollouts.scores, rollouts.areas_N, self.group_size)
         advantages = group_relative(
             judgement, self.group_size, self.advantage_spread, self.advantage_eps, self.advantage_bound
         )
-        references = self._reference_predictions(rollouts.chunks, steps, rollout)
         updates = []
         for update, chunks in enumerate(rollouts.parts):
             counted = advantages.weights_N[update :: self.updates_per_rollout].sum()
@@ -162,7 +163,7 @@ class GRPO:
                 ]
             )
         metrics = rewards.recipe.metrics(rollouts.scores, judgement, rollouts.areas_N, self.group_size)
-        return Experiences(updates, {**metrics, **rollouts.seconds})
+        return Experiences(updates, {**metrics, **rollouts.metrics})
 
     def loss(self, policy: Policy, experience: TrainedStep) -> Loss:
         """Clipped policy gradient of one step of one micro-batch, plus the KL penalty."""

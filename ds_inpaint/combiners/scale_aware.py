@@ -30,9 +30,6 @@ class ScaleAware:
     )
     least_semantic: float = key(0.1, "Smallest weight of the semantic scorers.", at_least=0, at_most=1)
     most_semantic: float = key(0.9, "Largest weight of the semantic scorers.", at_least=0, at_most=1)
-    floors: dict[str, float] = key(
-        dict, "Least std in a group, in raw scores, with which a scorer counts there; below it is noise.", at_least=0
-    )
     eps: float = key(
         1e-4, "Added to the std of each scorer, in its units; hushes groups of nearly equal scores.", above=0
     )
@@ -45,13 +42,12 @@ class ScaleAware:
 
     def check(self, weights: Mapping[str, float]) -> None:
         """Both kinds of scorers must be there, and none named that is not."""
-        for name, named in (("combine.boundary", self.boundary), ("combine.floors", [*self.floors])):
-            if strangers := [scorer for scorer in named if scorer not in weights]:
-                raise Impossible(
-                    name,
-                    f"found {', '.join(strangers)}, which rewards.scorers does not reward; name some of "
-                    f"{', '.join(weights)}.",
-                )
+        if strangers := [name for name in self.boundary if name not in weights]:
+            raise Impossible(
+                "combine.boundary",
+                f"found {', '.join(strangers)}, which rewards.scorers does not reward; name some of "
+                f"{', '.join(weights)}.",
+            )
         if len(set(self.boundary)) in (0, len(weights)):
             raise Impossible(
                 "combine.boundary",
@@ -67,6 +63,5 @@ class ScaleAware:
         for name, weight in weights.items():
             groups = group_statistics(scores.values[name], scores.valid_N, group_size)
             share_BG = 1 - semantic_BG if name in self.boundary else semantic_BG
-            heard_B1 = groups.std_B1 >= self.floors.get(name, 0.0)
-            total_BG += weight * share_BG * heard_B1 * groups.centred_BG / (groups.std_B1 + self.eps)
+            total_BG += weight * share_BG * groups.centred_BG / (groups.std_B1 + self.eps)
         return total_BG.flatten()

@@ -17,7 +17,7 @@ from torch import Tensor
 from reward_servers.clip import check_settings, load_clip
 from reward_servers.errors import SetupError
 from reward_servers.scorer import Info, Inputs, Scored, weights_from
-from reward_servers.views import VIEWS, unseen
+from reward_servers.views import VIEWS, empty_masks
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Scorer:
         clip = load_clip(self.weights, self.precision, inputs.device)
         weight_D, bias = load_head(self.head, clip.width, inputs.device)
         scores_N = clip.image_embeddings(inputs, self.view, self.resize) @ weight_D + bias
-        return Scored(scores_N, invalid=unseen(inputs, self.view))
+        return Scored(scores_N, invalid=empty_masks(inputs, self.view))
 
 
 @functools.cache

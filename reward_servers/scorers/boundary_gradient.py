@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from reward_servers.pixels import edgeless, ring_inside, ring_outside, sobel_magnitude
 from reward_servers.scorer import Info, Inputs, Need, Scored
+from reward_servers.settings import check_at_least
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Scorer:
         components=("inside", "outside"),
         needs=(Need.PASTED_IMAGES, Need.MASKS),
     )
+
+    def __post_init__(self) -> None:
+        check_at_least("ring_px", self.ring_px, 1)
 
     def score(self, inputs: Inputs) -> Scored:
         """Score a batch; an empty or full mask is invalid."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from reward_servers.clip import check_settings, load_clip
 from reward_servers.scorer import Info, Inputs, Scored, weights_from
-from reward_servers.views import VIEWS, unseen
+from reward_servers.views import VIEWS, empty_masks
 
 PAIRS = {
     "quality": ("Good photo.", "Bad photo."),
@@ -51,4 +51,4 @@ class Scorer:
         cosines = clip.image_embeddings(inputs, self.view, self.resize) @ clip.text_embeddings(words).mT
         good_NP = (100 * cosines).unflatten(1, (len(PAIRS), 2)).softmax(2)[:, :, 0]
         components = dict(zip(PAIRS, good_NP.unbind(1), strict=True))
-        return Scored(good_NP.mean(1), components, unseen(inputs, self.view))
+        return Scored(good_NP.mean(1), components, empty_masks(inputs, self.view))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from reward_servers.clip import check_settings, load_clip
 from reward_servers.scorer import Info, Inputs, Need, Scored, weights_from
 from reward_servers.settings import check_choice
-from reward_servers.views import VIEWS, unseen
+from reward_servers.views import VIEWS, empty_masks
 
 TYPICAL = {"cosine": (0.15, 0.35), "hessel": (0.38, 0.88)}
 """The values of the setting ``form``, and the range of each."""
@@ -54,4 +54,4 @@ class Scorer:
         texts_ND = clip.text_embeddings([prefix + prompt for prompt in inputs.prompts])
         cosines_N = (clip.image_embeddings(inputs, self.view, self.resize) * texts_ND).sum(1)
         scores_N = 2.5 * F.relu(cosines_N) if self.form == "hessel" else cosines_N
-        return Scored(scores_N, invalid=unseen(inputs, self.view))
+        return Scored(scores_N, invalid=empty_masks(inputs, self.view))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from reward_servers.clip import check_settings, load_clip
 from reward_servers.scorer import Info, Inputs, Need, Scored, weights_from
-from reward_servers.views import VIEWS, unseen
+from reward_servers.views import VIEWS, empty_masks
 
 
 @dataclass(frozen=True)
@@ -44,4 +44,4 @@ class Scorer:
         clip = load_clip(self.weights, self.precision, inputs.device)
         images_ND = clip.image_embeddings(inputs, self.view, self.resize)
         cosines_N = (images_ND * clip.text_embeddings(inputs.prompts)).sum(1)
-        return Scored(cosines_N, invalid=unseen(inputs, self.view))
+        return Scored(cosines_N, invalid=empty_masks(inputs, self.view))

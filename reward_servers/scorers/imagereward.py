@@ -11,7 +11,7 @@ from pathlib import Path
 from reward_servers.blip import load_blip
 from reward_servers.clip import check_settings
 from reward_servers.scorer import Info, Inputs, Need, Scored, weights_from
-from reward_servers.views import VIEWS, see, unseen
+from reward_servers.views import VIEWS, empty_masks, preprocess
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the raw rewards over the authors' data; part of version 1.0."""
@@ -45,6 +45,6 @@ class Scorer:
     def score(self, inputs: Inputs) -> Scored:
         """Score a batch; with ``view=mask_crop`` an empty mask is invalid."""
         blip = load_blip(self.weights, self.precision, inputs.device)
-        pixels_NCHW = see(inputs, self.view, self.resize, blip.image_size)
+        pixels_NCHW = preprocess(inputs, self.view, self.resize, blip.image_size)
         rewards_N = blip.rewards(pixels_NCHW, inputs.prompts)
-        return Scored((rewards_N - MEAN) / STD, invalid=unseen(inputs, self.view))
+        return Scored((rewards_N - MEAN) / STD, invalid=empty_masks(inputs, self.view))

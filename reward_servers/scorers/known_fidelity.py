@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from reward_servers.pixels import dilate, edgeless, items_where, mean_where
 from reward_servers.scorer import Info, Inputs, Need, Scored
+from reward_servers.settings import check_at_least
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Scorer:
         components=("l1", "psnr"),
         needs=(Need.DECODED_IMAGES, Need.MASKS, Need.REFERENCE_IMAGES),
     )
+
+    def __post_init__(self) -> None:
+        check_at_least("erosion_px", self.erosion_px, 0)
+        check_at_least("tolerance", self.tolerance, 0)
+        check_at_least("psnr_cap", self.psnr_cap, 0)
 
     def score(self, inputs: Inputs) -> Scored:
         """Score a batch; an empty mask, or one that leaves no pixel known after erosion, is invalid."""

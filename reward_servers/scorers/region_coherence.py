@@ -26,8 +26,8 @@ from reward_servers.dino import load_dino, patch_features
 from reward_servers.errors import SetupError
 from reward_servers.pixels import edgeless, items_where
 from reward_servers.scorer import Info, Inputs, Need, Scored, weights_from
-from reward_servers.settings import PRECISIONS, check_choice
-from reward_servers.views import crop_and_resize, mask_boxes
+from reward_servers.settings import PRECISIONS, check_at_least, check_choice
+from reward_servers.views import MARGIN, crop_and_resize, mask_boxes
 
 BANDWIDTH = 10.0
 """sigma of the kernel exp(-|x - y|^2 / (2 sigma^2)) between features of unit length."""
@@ -67,14 +67,13 @@ class Scorer:
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
-        if self.context < 1:
-            raise SetupError(f"The setting context must be at least 1, found {self.context}.")
+        check_at_least("context", self.context, 1)
 
     def score(self, inputs: Inputs) -> Scored:
         """Score a batch; invalid are masks that are empty, full, or leave no window with enough patches."""
         model = load_dino(self.weights, self.precision, inputs.device)
         grid = self._grid(model.config.patch_size)
-        boxes = _grown(*mask_boxes(inputs.masks_N1HW, 1), self.context, inputs.masks_N1HW.shape[2:])
+        boxes = mask_boxes(inputs.masks_N1HW, 1, MARGIN * self.context)
         features_NTD = patch_features(model, crop_and_resize(inputs.pasted_NCHW * 255, *boxes, self.size))
         masks = crop_and_resize(inputs.masks_N1HW * 255, *boxes, self.size)
         # A patch is known only if none of its pixels is masked.
@@ -125,16 +124,6 @@ def remove_like(features_NTD: Tensor, masked_NT: Tensor) -> Tensor:
     """Cosine [N] between the mean features of the masked and of the known patches; 0 where there are none."""
     masked, known = (part[:, None] @ features_NTD for part in (masked_NT, 1 - masked_NT))
     return F.cosine_similarity(masked, known, dim=2)[:, 0]
-
-
-def _grown(
-    tops_N: Tensor, lefts_N: Tensor, sides_N: Tensor, factor: float, image: torch.Size
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Squares with the same centres and ``factor`` times the side, shifted and limited to fit into the image."""
-    height, width = image
-    grown = (sides_N * factor).long().clamp(max=min(height, width))
-    tops, lefts = (start - (grown - sides_N) // 2 for start in (tops_N, lefts_N))
-    return tops.clamp(min=0).minimum(height - grown), lefts.clamp(min=0).minimum(width - grown), grown
 
 
 def _windows(grid: int, side: int, stride: int) -> Tensor:

@@ -20,6 +20,7 @@ from reward_servers.pixels import (
     sobel_magnitude,
 )
 from reward_servers.scorer import Info, Inputs, Need, Scored
+from reward_servers.settings import check_at_least
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Scorer:
         components=("inside", "outside"),
         needs=(Need.PASTED_IMAGES, Need.MASKS),
     )
+
+    def __post_init__(self) -> None:
+        check_at_least("first_px", self.first_px, 1)
+        check_at_least("last_px", self.last_px, self.first_px)
+        check_at_least("floor", self.floor, 0)
 
     def score(self, inputs: Inputs) -> Scored:
         """Score a batch; a mask without a pixel in either ring is invalid."""

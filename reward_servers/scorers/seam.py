@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reward_servers.pixels import edgeless
 from reward_servers.scorer import Info, Inputs, Need, Scored
+from reward_servers.settings import check_at_least
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Scorer:
         components=("across", "near"),
         needs=(Need.PASTED_IMAGES, Need.MASKS),
     )
+
+    def __post_init__(self) -> None:
+        check_at_least("near_px", self.near_px, 1)
 
     def score(self, inputs: Inputs) -> Scored:
         """Score a batch; an empty or full mask is invalid."""

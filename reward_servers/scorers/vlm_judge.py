@@ -28,9 +28,9 @@ import torch
 
 from reward_servers.errors import SetupError
 from reward_servers.openai_client import CallFailed, Endpoint, ask, read_key
-from reward_servers.scorer import Info, Inputs, Need, Scored
-from reward_servers.settings import check_choice
-from reward_servers.views import mask_boxes, unseen
+from reward_servers.scorer import Info, Inputs, Need, Scored, operational
+from reward_servers.settings import check_at_least, check_choice
+from reward_servers.views import empty_masks, mask_boxes
 
 PROMPT = "{prompt}"
 MODES = {
@@ -42,6 +42,8 @@ MODES = {
 VIEWS = ("pasted", "mask_crop", "both")
 LEAST_CROP = 224
 """Smallest side of the square around the mask, in pixels."""
+SHORTEST_DEADLINE = 0.1
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,13 @@ class Scorer:
     """What is sent: the pasted image, mask_crop (a square of it around the mask), or both, in this order."""
     invert: bool = False
     """Score 1 - x instead of x."""
-    key_env: str = ""
+    key_env: str = operational("")
     """Name of the environment variable with the endpoint's key."""
-    key_file: str = ""
+    key_file: str = operational("")
     """File with the endpoint's key."""
-    at_once: int = 8
+    at_once: int = operational(8)
     """Requests in flight."""
-    deadline_s: float = 60.0
+    deadline_s: float = operational(60.0)
     """Time for all questions about a batch, repetitions included."""
     top_logprobs: int = 20
     """How many first tokens to look for yes and no among; endpoints have limits."""
@@ -117,11 +119,13 @@ class Scorer:
         check_choice("view", self.view, VIEWS)
         if not self.base_url.startswith(("http://", "https://")):
             raise SetupError(f"The setting base_url must start with http:// or https://, found {self.base_url!r}.")
-        if self.at_once < 1 or self.deadline_s <= 0 or self.top_logprobs < 2 or self.max_tokens < 1:
-            raise SetupError("at_once, deadline_s and max_tokens must be positive, and top_logprobs at least 2.")
+        check_at_least("at_once", self.at_once, 1)
+        check_at_least("deadline_s", self.deadline_s, SHORTEST_DEADLINE)
+        check_at_least("top_logprobs", self.top_logprobs, 2)
+        check_at_least("max_tokens", self.max_tokens, 1)
         if not 0 < self.least_mass < 1:
             raise SetupError(f"The setting least_mass must be between 0 and 1, found {self.least_mass}.")
-        if self.low >= self.high:
+        if not self.low < self.high:
             raise SetupError(f"The setting low must be less than high, found {self.low} and {self.high}.")
         if _groups(self.pattern) != 1:
             raise SetupError(
@@ -136,7 +140,7 @@ class Scorer:
         """
         endpoint = _connect(self)
         by = time.monotonic() + self.deadline_s
-        maskless = {} if self.view == "pasted" else unseen(inputs, "mask_crop")
+        maskless = {} if self.view == "pasted" else empty_masks(inputs, "mask_crop")
         pictures = _pictures(inputs, self.view)
         questions = [self._question.replace(PROMPT, prompt) for prompt in inputs.prompts or [""] * inputs.count]
 
