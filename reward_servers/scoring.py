@@ -70,7 +70,9 @@ def warm_up(loaded: Loaded, device: torch.device) -> None:
         inputs = _to_inputs(_made_up(loaded), device)
         before = {need: tensor.clone() for need, tensor in inputs.tensors.items()}
         outcome = _outcome(loaded, inputs)
-    except Exception as error:  # whatever goes wrong in a scorer is a reason not to serve it
+    except SetupError:
+        raise
+    except Exception as error:  # whatever else goes wrong in a scorer is a reason not to serve it
         raise SetupError(_cold(loaded, device, f"{type(error).__name__}: {error}")) from error
     if reward_pb2.ITEM_STATUS_NON_FINITE in outcome.statuses:
         raise SetupError(_cold(loaded, device, next(filter(None, outcome.messages))))

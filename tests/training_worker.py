@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
 
 from ds_inpaint.recipe import load_recipe
-from ds_inpaint.rollout import Rollout, Rollouts
+from ds_inpaint.reward_client import RewardClient
+from ds_inpaint.rollout import Generated, Rollout, Rollouts
 from ds_inpaint.run_folder import open_run_folder
 from ds_inpaint.trainer import train
 from ds_inpaint.zero_config import setup
@@ -30,11 +30,11 @@ from ds_inpaint.zero_config import setup
 @contextmanager
 def first_rollout_kept(file: Path) -> Iterator[None]:
     """Within this context the first rollout that is trained on is written to ``file``."""
-    plain = Rollout.run
+    plain = Rollout.collect
 
-    def spy(self: Rollout, *args: Any, **named: Any) -> Rollouts:
-        rollouts = plain(self, *args, **named)
-        if named["purpose"] == "rollout" and not file.exists():
+    def spy(self: Rollout, generated: Generated, rewards: RewardClient) -> Rollouts:
+        rollouts = plain(self, generated, rewards)
+        if generated.prepared.group_size > 1 and not file.exists():  # in evaluations it is 1
             kept = {
                 "samples": torch.tensor([sample for chunk in rollouts.chunks for sample in chunk.samples]),
                 "latents": torch.cat([chunk.next_nKCHW for chunk in rollouts.chunks]),
@@ -45,7 +45,7 @@ def first_rollout_kept(file: Path) -> Iterator[None]:
             save_file(kept, file)
         return rollouts
 
-    with patch.object(Rollout, "run", spy):
+    with patch.object(Rollout, "collect", spy):
         yield
 
 
