@@ -212,7 +212,7 @@ class Batcher:
             answers = self._answers(batch, outcomes, started)
         except Exception as error:  # a failure outside of any scorer; unless the device is lost, the queue goes on
             log.exception("Computing a batch of %d request(s) failed: %s.", len(batch), type(error).__name__)
-            # Not UNAVAILABLE: what brought a device down must not be sent to the next server.
+            # Not UNAVAILABLE, as those hear that wait: this very batch may be what brought the device down.
             sentence = "Computing the batch failed; see the server's log."
             _refuse(batch, RequestRefused(grpc.StatusCode.INTERNAL, sentence))
             if isinstance(error, ServerFailed):

@@ -88,6 +88,10 @@ class Clip:
             del self.text_cache[prompt]
         return embeddings
 
+    def cosines(self, inputs: Inputs, prompts: Sequence[str], view: str, resize: str) -> Tensor:
+        """Cosine between each item's image and its prompt, fp32 [N]."""
+        return (self.image_embeddings(inputs, view, resize) * self.text_embeddings(prompts)).sum(1)
+
     @property
     def _image_size(self) -> int:
         return self.model.config.vision_config.image_size

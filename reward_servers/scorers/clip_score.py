@@ -51,7 +51,7 @@ class Scorer:
         """Score a batch; with ``view=mask_crop`` an empty mask is invalid."""
         clip = load_clip(self.weights, self.precision, inputs.device)
         prefix = PREFIX if self.form == "hessel" else ""
-        texts_ND = clip.text_embeddings([prefix + prompt for prompt in inputs.prompts])
-        cosines_N = (clip.image_embeddings(inputs, self.view, self.resize) * texts_ND).sum(1)
+        prompts = [prefix + prompt for prompt in inputs.prompts]
+        cosines_N = clip.cosines(inputs, prompts, self.view, self.resize)
         scores_N = 2.5 * F.relu(cosines_N) if self.form == "hessel" else cosines_N
         return Scored(scores_N, invalid=empty_masks(inputs, self.view))

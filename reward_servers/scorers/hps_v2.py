@@ -42,6 +42,5 @@ class Scorer:
     def score(self, inputs: Inputs) -> Scored:
         """Score a batch; with ``view=mask_crop`` an empty mask is invalid."""
         clip = load_clip(self.weights, self.precision, inputs.device)
-        images_ND = clip.image_embeddings(inputs, self.view, self.resize)
-        cosines_N = (images_ND * clip.text_embeddings(inputs.prompts)).sum(1)
+        cosines_N = clip.cosines(inputs, inputs.prompts, self.view, self.resize)
         return Scored(cosines_N, invalid=empty_masks(inputs, self.view))

@@ -62,8 +62,9 @@ class RewardServiceServicer:
         Statuses: INVALID_ARGUMENT the request contradicts itself or lacks what a scorer needs; NOT_FOUND the server
         does not offer a scorer; FAILED_PRECONDITION a scorer is not the one the client pinned; RESOURCE_EXHAUSTED
         with the trailer `grpc-retry-pushback-ms` the queue is full, without it the message is too large;
-        UNAUTHENTICATED the bearer token is missing or wrong. A call that is cancelled or past its deadline before its
-        turn comes is never computed.
+        UNAUTHENTICATED the bearer token is missing or wrong; UNAVAILABLE the server is warming up or stopping; INTERNAL
+        the computation failed as a whole, which another server may not repeat. A call that is cancelled or past its
+        deadline before its turn comes is never computed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
