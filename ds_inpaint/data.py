@@ -1,115 +1,121 @@
-"""Datasets of (image, mask, prompt) triples: which rows an iteration uses, and loading them."""
+"""Datasets of (image, mask, prompt) triples: their section, which rows an iteration uses, and loading them."""
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ds_inpaint.errors import InputError
-from ds_inpaint.images import read_triple
+from ds_inpaint.framing import Fit, Frame, Framing, Pixels
+from ds_inpaint.holes import HoleSource
+from ds_inpaint.images import frame_image, open_image
 from ds_inpaint.keys import REQUIRED, key
 from ds_inpaint.noise import generator
-from ds_inpaint.values import Batch, Triple
+from ds_inpaint.pixels import HOLE_THRESHOLD
+from ds_inpaint.values import Batch, Condition, Encoded, Picture, Triple
 
-COLUMNS = ("image", "mask", "prompt")
+READERS = 8
+"""Threads that decode pictures; Pillow lets them run side by side."""
 
 
-@dataclass(frozen=True)
-class Data:
+@dataclass(frozen=True, kw_only=True)
+class Data(Framing):
     """Recipe section ``data``."""
 
-    train: Path = key(REQUIRED, "JSONL of {image, mask, prompt} rows to train on; paths relative to the file.")
-    heldout: Path = key(REQUIRED, "JSONL of rows that are never trained on, for evaluation.")
-    size: int | tuple[int, int] = key(
-        512,
-        "Pixels of the images: the side of squares, or [height, width]; a picture is scaled and cropped to it.",
-        at_least=16,
+    train: Path = key(REQUIRED, "JSONL of {image, mask, prompt} rows to train on, paths relative to it; or train.jsonl of a prepared dataset.")
+    heldout: Path = key(REQUIRED, "JSONL of rows that are never trained on, for evaluation; or heldout.jsonl of a prepared dataset.")
+    root: Path | None = key(
+        None, "Folder in which all files of a JSONL must lie; left out, the folder of the JSONL itself."
     )
     batch: int = key(8, "Triples per iteration, over all ranks.", at_least=1)
 
-    @property
-    def pixels(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
+@dataclass(frozen=True)
+class PictureFiles:
+    """A picture that lies in files."""
 
-def read_rows(path: Path) -> list[Triple]:
-    """Read a JSONL dataset; every problem of every row is reported, none is skipped.
+    image: Path
+    hole: HoleSource
+    fit: Fit
 
-    Raises:
-        InputError: the file is missing or empty, or rows are malformed, repeat an id or name missing files.
-    """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; it must be a JSONL file of rows {{image, mask, prompt}}.")
-    triples: list[Triple] = []
-    problems: list[str] = []
-    seen: dict[str, str] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        source = f"{path}:{number}"
-        try:
-            triple = _parse_row(line, path.parent, source)
-        except InputError as error:
-            problems.append(str(error))
-            continue
-        if triple.id in seen:
-            problems.append(f"{source}: id {triple.id!r} was already given at {seen[triple.id]}.")
-        seen[triple.id] = source
-        triples.append(triple)
-    if problems:
-        raise InputError("\n".join(problems))
-    if not triples:
-        raise InputError(f"{path} holds no rows; it must hold at least one {{image, mask, prompt}}.")
-    return triples
-
-
-def _parse_row(line: str, folder: Path, source: str) -> Triple:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{source}: not valid JSON ({error}).") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{source}: found {type(row).__name__}, expected an object with {', '.join(COLUMNS)}.")
-    for column in COLUMNS:
-        if not isinstance(row.get(column), str):
-            raise InputError(f"{source}: {column!r} must be a string, found {row.get(column)!r}.")
-    image, mask = folder / row["image"], folder / row["mask"]
-    for file in (image, mask):
-        if not file.is_file():
-            raise InputError(f"{source}: {file} does not exist; paths are relative to {folder}.")
-    identity = str(row.get("id", f"{row['image']}|{row['mask']}|{row['prompt']}"))
-    return Triple(identity, image, mask, row["prompt"], source)
+    def read(self, triple: Triple) -> Picture:
+        """See ``values.PictureSource``."""
+        picture = open_image(self.image, "RGB", triple.source)
+        frame = Frame((picture.height, picture.width), triple.pixels, self.fit)
+        hole_1HW = self.hole.read(frame, triple.source)
+        if not hole_1HW.any() or hole_1HW.all():
+            raise InputError(
+                f"{triple.source}: {self.hole} leaves {'everything' if hole_1HW.all() else 'nothing'} to fill in the "
+                f"picture as it is used ({triple.pixels[1]}x{triple.pixels[0]} pixels, data.fit {self.fit}); white "
+                f"(above {HOLE_THRESHOLD}) must mark a part of it."
+            )
+        return Picture(frame_image(picture, frame), hole_1HW)
 
 
 def rows_of_iteration(rows: Sequence[Triple], iteration: int, batch: int, seed: int) -> list[Triple]:
-    """The triples of one iteration (counted from 0), in an order shuffled anew each epoch.
+    """The triples of one iteration (counted from 0), all of one size, in an order shuffled anew each epoch.
 
-    Depends on nothing but its arguments, so a resumed run and any number of ranks read the same rows.
+    Depends on nothing but its arguments, so a resumed run and any number of ranks read the same rows. Rows of
+    different sizes stand on shelves of their own. Each shelf is walked through again and again, none of its rows twice
+    before all the others; an epoch takes from every shelf its share of the iterations, in shuffled order.
     """
-    positions = range(iteration * batch, (iteration + 1) * batch)
+    shelves = _shelves(rows)
+    epoch = iteration * batch // len(rows)
+    while _served(shelves, epoch + 1, batch).total() <= iteration:
+        epoch += 1
+    given = _served(shelves, epoch, batch)
+    due = _served(shelves, epoch + 1, batch)
+    turns = [pixels for pixels in shelves for _ in range(due[pixels] - given[pixels])]
+    order = torch.randperm(len(turns), generator=generator(seed, "sizes", epoch)).tolist()
+    turns = [turns[place] for place in order[: iteration - given.total() + 1]]
+    shelf, number = shelves[turns[-1]], given[turns[-1]] + turns.count(turns[-1]) - 1
+    return _walk(shelf, range(number * batch, (number + 1) * batch), seed)
+
+
+def _shelves(rows: Sequence[Triple]) -> dict[Pixels, list[Triple]]:
+    shelves: dict[Pixels, list[Triple]] = {}
+    for row in rows:
+        shelves.setdefault(row.pixels, []).append(row)
+    return shelves
+
+
+def _served(shelves: dict[Pixels, list[Triple]], epochs: int, batch: int) -> Counter[Pixels]:
+    """Iterations that each shelf has given after so many epochs."""
+    return Counter({pixels: epochs * len(shelf) // batch for pixels, shelf in shelves.items()})
+
+
+def _walk(shelf: Sequence[Triple], positions: range, seed: int) -> list[Triple]:
     orders = {
-        epoch: torch.randperm(len(rows), generator=generator(seed, "epoch", epoch)).tolist()
-        for epoch in {position // len(rows) for position in positions}
+        epoch: torch.randperm(len(shelf), generator=generator(seed, "epoch", epoch)).tolist()
+        for epoch in {position // len(shelf) for position in positions}
     }
-    return [rows[orders[position // len(rows)][position % len(rows)]] for position in positions]
+    return [shelf[orders[position // len(shelf)][position % len(shelf)]] for position in positions]
 
 
-def load(triples: Sequence[Triple], pixels: tuple[int, int]) -> Batch:
-    """Read the images and masks of some triples, at ``pixels`` = (height, width).
+def load(triples: Sequence[Triple]) -> Batch:
+    """Read the images and holes of some triples of one size, several at a time.
 
     Raises:
-        InputError: see ``images.read_triple``.
+        InputError: see ``values.PictureSource``; of several the first in the order of the triples.
     """
-    pairs = [read_triple(triple.image, triple.mask, pixels, triple.source) for triple in triples]
-    images, holes = zip(*pairs, strict=True)
+    with ThreadPoolExecutor(READERS) as pool:
+        pictures = list(pool.map(lambda triple: triple.picture.read(triple), triples))
+    encoded = [picture.encoded for picture in pictures if picture.encoded is not None]
     return Batch(
         tuple(triple.id for triple in triples),
         tuple(triple.prompt for triple in triples),
-        torch.stack(images),
-        torch.stack(holes),
+        torch.stack([picture.image_3HW for picture in pictures]),
+        torch.stack([picture.hole_1HW for picture in pictures]),
+        _joined(encoded) if len(encoded) == len(pictures) else None,
+    )
+
+
+def _joined(parts: Sequence[Encoded]) -> Encoded:
+    return Encoded(
+        Condition.concatenate([part.condition for part in parts]), torch.cat([part.latents_BCHW for part in parts])
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ds_inpaint.data import load
 from ds_inpaint.denoising import denoising_task
+from ds_inpaint.framing import Pixels
 from ds_inpaint.images import write_grid, write_png
 from ds_inpaint.keys import door, key
 from ds_inpaint.noise import sample_noise
 from ds_inpaint.pixels import blank_holes
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Prepared, Rollout
-from ds_inpaint.scores import sample_order
 from ds_inpaint.values import Triple
 
 
@@ -70,7 +70,7 @@ def mean_and_error(values_N: Tensor) -> tuple[float, float]:
 
 
 def evaluate(
-    rollout: Rollout,
+    rollouts: Mapping[Pixels, Rollout],
     rewards: RewardClient,
     rows: Sequence[Triple],
     recipe: Evaluation,
@@ -84,57 +84,68 @@ def evaluate(
     """
     started = time.perf_counter()
     triples = [rows[number % len(rows)] for number in range(recipe.samples)]
-    # Every rank draws equally many; the last sample is drawn again where the count does not divide.
-    per_rank = math.ceil(len(triples) / rollout.ranks.world_size)
-    first = rollout.ranks.rank * per_rank
-    mine = [min(number, len(triples) - 1) for number in range(first, first + per_rank)]
-    prepared = rollout.prepare(triples, 1, [mine])
-    generated = rollout.generate(prepared, rewards, purpose="heldout", iteration=0)
-    losses_N = denoising_losses(prepared, rollout, len(triples))
-    rollouts = rollout.collect(generated, rewards)
-    rewards_N = rollouts.scores.combined_N(rewards.recipe.weights)
+    shares = _shares(triples, rollouts)
+    prepared = [rollout.prepare(triples, 1, [mine], originals=True) for rollout, mine in shares]
+    pairs = [(rollout, each) for (rollout, _), each in zip(shares, prepared, strict=True)]
+    generated = [rollout.generate(each, rewards, purpose="heldout", iteration=0) for rollout, each in pairs]
+    losses_N = denoising_losses(pairs, len(triples))
+    rollout = shares[0][0]
+    scored = rollout.collect(rewards, *generated)
+    rewards_N = scored.scores.combined_N(rewards.recipe.weights)
     shown = range(0, len(triples), math.ceil(len(triples) / recipe.pictures))
     drawn = {
         number: picture.cpu()
-        for chunk in rollouts.chunks
+        for chunk in scored.chunks
         for number, picture in zip(chunk.samples, chunk.pasted_nCHW, strict=True)
         if number in shown
     }
     fills = {number: picture for part in rollout.ranks.gather(drawn) for number, picture in part.items()}
     with rollout.ranks.together():
         if rollout.ranks.is_main:
-            of_each = {**rollouts.scores.values, "reward": rewards_N, "loss": losses_N, "area": rollouts.areas_N}
-            _write(folder, iteration, triples, rollout.pixels, fills, of_each)
-    return HeldOut(rewards_N, losses_N, rollouts.scores.means(), time.perf_counter() - started)
+            of_each = {**scored.scores.values, "reward": rewards_N, "loss": losses_N, "area": scored.areas_N}
+            _write(folder, iteration, triples, fills, of_each)
+    return HeldOut(rewards_N, losses_N, scored.scores.means(), time.perf_counter() - started)
+
+
+def _shares(triples: Sequence[Triple], rollouts: Mapping[Pixels, Rollout]) -> list[tuple[Rollout, list[int]]]:
+    """For each size that the triples have, in a fixed order, its rollout and the numbers of this rank's samples.
+
+    Every rank draws equally many of a size; the last sample is drawn again where the count does not divide.
+    """
+    shares = []
+    for pixels in sorted({triple.pixels for triple in triples}):
+        rollout = rollouts[pixels]
+        numbers = [number for number, triple in enumerate(triples) if triple.pixels == pixels]
+        per_rank = math.ceil(len(numbers) / rollout.ranks.world_size)
+        first = rollout.ranks.rank * per_rank
+        shares.append((rollout, [numbers[min(place, len(numbers) - 1)] for place in range(first, first + per_rank)]))
+    return shares
 
 
 @torch.no_grad()
-def denoising_losses(prepared: Prepared, rollout: Rollout, count: int) -> Tensor:
+def denoising_losses(pairs: Sequence[tuple[Rollout, Prepared]], count: int) -> Tensor:
     """Denoising error [N] of the original images, each at one noise level; the levels are spread evenly."""
-    policy, device = rollout.policy, rollout.ranks.device
-    process = policy.process(*rollout.pixels)
-    losses = []
-    for numbers in prepared.micro_batches(rollout.micro_batch)[0]:
-        rows_n = prepared.rows_n(numbers)
-        task = denoising_task(
-            process,
-            policy.encode_images(prepared.batch.images_BCHW[rows_n]),
-            sample_noise(rollout.seed, "heldout loss", 0, numbers, rollout.latent_shape).to(device),
-            ((torch.tensor(numbers) + 0.5) / count).to(device),
-            prepared.condition.rows(rows_n.to(device)),
-            None,
-        )
-        losses.append(task.errors_N(policy))
-    everyone = rollout.ranks.gather((prepared.parts[0], torch.cat(losses).cpu()))
-    order_N = sample_order([number for numbers, _ in everyone for number in numbers])
-    return torch.cat([part for _, part in everyone])[order_N]
+    losses: dict[int, Tensor] = {}
+    for rollout, prepared in pairs:
+        policy, device = rollout.policy, rollout.ranks.device
+        for numbers in prepared.micro_batches(rollout.micro_batch)[0]:
+            task = denoising_task(
+                policy.process(*rollout.pixels),
+                prepared.latents_nCHW(numbers),
+                sample_noise(rollout.seed, "heldout loss", 0, numbers, rollout.latent_shape).to(device),
+                ((torch.tensor(numbers) + 0.5) / count).to(device),
+                prepared.condition.rows(prepared.rows_n(numbers).to(device)),
+                None,
+            )
+            losses.update(zip(numbers, task.errors_N(policy).cpu(), strict=True))
+    everyone = {number: loss for part in pairs[0][0].ranks.gather(losses) for number, loss in part.items()}
+    return torch.stack([everyone[number] for number in range(count)])
 
 
 def _write(
     folder: Path,
     iteration: int,
     triples: Sequence[Triple],
-    pixels: tuple[int, int],
     fills: dict[int, Tensor],
     of_each: dict[str, Tensor],
 ) -> None:
@@ -142,8 +153,8 @@ def _write(
     tiles.mkdir(parents=True, exist_ok=True)
     for number, fill in fills.items():
         write_png(tiles / f"{number:04d}.png", fill)
-    masked, originals = masked_and_whole([triples[number] for number in sorted(fills)], pixels)
-    pictures = torch.stack([fills[number] for number in sorted(fills)])
+    masked, originals = masked_and_whole([triples[number] for number in sorted(fills)])
+    pictures = [fills[number] for number in sorted(fills)]
     write_grid(
         folder / f"{iteration:06d}.png",
         [("masked", masked), (f"iteration {iteration}", pictures), ("original", originals)],
@@ -159,8 +170,8 @@ def _write(
     (folder / f"{iteration:06d}.json").write_text(json.dumps(rows, indent=1))
 
 
-def masked_and_whole(triples: Sequence[Triple], pixels: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The images with grey holes, and as they are; uint8 [n, 3, H, W] each."""
-    batch = load(triples, pixels)
-    grey = blank_holes(batch.images_BCHW.float() - 127.5, batch.holes_B1HW) + 127.5
-    return grey.to(torch.uint8), batch.images_BCHW
+def masked_and_whole(triples: Sequence[Triple]) -> tuple[list[Tensor], list[Tensor]]:
+    """The images with grey holes, and as they are; uint8 [3, H, W] each."""
+    batches = [load([triple]) for triple in triples]  # one by one, as their sizes may differ
+    grey = [blank_holes(batch.images_BCHW[0].float() - 127.5, batch.holes_B1HW[0]) + 127.5 for batch in batches]
+    return [image.to(torch.uint8) for image in grey], [batch.images_BCHW[0] for batch in batches]

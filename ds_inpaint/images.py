@@ -2,47 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ds_inpaint.errors import InputError
+from ds_inpaint.framing import Frame, Pixels
 from ds_inpaint.pixels import HOLE_THRESHOLD
 
 LABEL_HEIGHT = 16
+MOST_PIXELS = 85_000_000
+"""Larger images are refused before they are decoded: they would take gigabytes. Pillow warns beyond."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+"""Of the files that are taken for pictures in a folder, in any case of their letters."""
+ORIENTATION = 0x0112
+"""EXIF tag; from 5 on the picture lies on its side in the file."""
 
 
-def read_triple(image: Path, mask: Path, pixels: tuple[int, int], source: str) -> tuple[Tensor, Tensor]:
-    """Read the centre of an image and its mask, aspect kept.
+def image_size(path: Path, source: str) -> Pixels:
+    """Height and width of an image as it is shown, without decoding it.
 
     Args:
-        image, mask: files of equal pixel size; the mask's white marks the region to fill.
-        pixels: height and width of the result; the picture is scaled to cover it, and what stands over cropped.
-        source: ``file:line`` of the dataset row, for messages.
-
-    Returns:
-        uint8 [3, height, width] and bool [1, height, width], True = fill.
+        path: the file.
+        source: where it is named, for messages, such as ``rows.jsonl:12``.
 
     Raises:
-        InputError: a file is missing or no image, sizes differ, or the crop holds no hole or nothing else.
+        InputError: the file is missing or no image.
     """
-    picture, stencil = _open(image, "RGB", source), _open(mask, "L", source)
-    if picture.size != stencil.size:
-        raise InputError(
-            f"{source}: image {image} is {_pixels(picture)} but mask {mask} is {_pixels(stencil)}; "
-            f"make both the same size."
-        )
-    image_3HW = _tensor(_centre(picture, pixels, Image.Resampling.LANCZOS))
-    hole = _tensor(_centre(stencil, pixels, Image.Resampling.NEAREST)) > HOLE_THRESHOLD
-    if not hole.any() or hole.all():
-        raise InputError(
-            f"{source}: mask {mask} leaves {'everything' if hole.all() else 'nothing'} to fill after the "
-            f"centred crop; white (above {HOLE_THRESHOLD}) must mark a part of the picture."
-        )
-    return image_3HW, hole
+    with _opened(path, source) as image:
+        lies = image.getexif().get(ORIENTATION, 1) >= 5
+        return (image.width, image.height) if lies else (image.height, image.width)
+
+
+def open_image(path: Path, mode: str, source: str) -> Image.Image:
+    """Decode an image, upright, in Pillow's ``mode``; for the arguments and errors see ``image_size``."""
+    with _opened(path, source) as image:
+        height, width = image.height, image.width
+        if height * width > MOST_PIXELS:
+            raise InputError(
+                f"{source}: {path} has {width}x{height} pixels; at most {MOST_PIXELS:,} in all are read. Scale it down."
+            )
+        return ImageOps.exif_transpose(image).convert(mode)
+
+
+def whole(image: Image.Image) -> Tensor:
+    """All pixels of an image, uint8 [C, H, W]."""
+    channels = len(image.getbands())
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(image.height, image.width, channels).movedim(-1, 0).contiguous()
+
+
+def frame_image(image: Image.Image, frame: Frame) -> Tensor:
+    """An RGB image scaled and cropped or padded, uint8 [3, H, W]; padding repeats the pixels of its edge."""
+    return _window(whole(_scaled(image, frame, Image.Resampling.LANCZOS)), frame)
+
+
+def frame_hole(stencil: Image.Image, frame: Frame) -> Tensor:
+    """The hole of a grey mask image, framed likewise; bool [1, H, W]. There is never one in the padding."""
+    hole = _window(whole(_scaled(stencil, frame, Image.Resampling.NEAREST)), frame) > HOLE_THRESHOLD
+    return hole & inside(frame)
+
+
+def inside(frame: Frame) -> Tensor:
+    """Where the picture itself stands, and not its padding; bool [1, H, W]."""
+    rows, columns = ((at >= 0) & (at < scaled) for at, scaled in zip(_places(frame), frame.scaled, strict=True))
+    return (rows[:, None] & columns)[None]
+
+
+def stencil_of(hole_HW: Tensor) -> Image.Image:
+    """A hole, bool [H, W], as a grey mask image."""
+    return Image.fromarray((hole_HW.to(torch.uint8) * 255).numpy())
 
 
 def write_png(path: Path, image_CHW: Tensor) -> None:
@@ -53,54 +86,61 @@ def write_png(path: Path, image_CHW: Tensor) -> None:
 
 def read_png(path: Path) -> Tensor:
     """Read a picture as uint8 [3, H, W]."""
-    return _tensor(_open(path, "RGB", str(path)))
+    return whole(open_image(path, "RGB", str(path)))
 
 
-def write_grid(path: Path, columns: Sequence[tuple[str, Tensor]], tile: int = 128) -> None:
+def write_grid(path: Path, columns: Sequence[tuple[str, Sequence[Tensor]]], tile: int = 128) -> None:
     """Write labelled columns of pictures side by side, one row per sample.
 
     Args:
         path: the PNG to write.
-        columns: (label, uint8 [n, 3, H, W]) with equal n.
+        columns: (label, pictures uint8 [3, H, W]), equally many in each; their sizes may differ.
         tile: least width of one picture; smaller ones are enlarged by a whole factor.
     """
-    count, _, height, width = columns[0][1].shape
+    every = [image for _, images in columns for image in images]
+    height, width = (max(image.shape[axis] for image in every) for axis in (1, 2))
     scale = max(1, tile // width)
-    sheet = torch.cat([torch.cat(list(images), dim=1) for _, images in columns], dim=2)
-    picture = Image.fromarray(sheet.cpu().movedim(0, -1).numpy())
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
-    page = Image.new("RGB", (picture.width, count * height * scale + LABEL_HEIGHT), "white")
-    page.paste(picture, (0, LABEL_HEIGHT))
+    size = width * scale, height * scale
+    page = Image.new("RGB", (len(columns) * size[0], len(columns[0][1]) * size[1] + LABEL_HEIGHT), "white")
     draw = ImageDraw.Draw(page)
-    for column, (label, _) in enumerate(columns):
-        draw.text((column * width * scale + 4, 2), label, fill="black")
+    for column, (label, images) in enumerate(columns):
+        draw.text((column * size[0] + 4, 2), label, fill="black")
+        for row, image in enumerate(images):
+            picture = Image.fromarray(image.cpu().movedim(0, -1).numpy())
+            picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
+            spare = (size[0] - picture.width) // 2, (size[1] - picture.height) // 2
+            page.paste(picture, (column * size[0] + spare[0], LABEL_HEIGHT + row * size[1] + spare[1]))
     page.save(path)
 
 
-def _open(path: Path, mode: str, source: str) -> Image.Image:
+@contextmanager
+def _opened(path: Path, source: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            return image.convert(mode)
+            yield image
     except FileNotFoundError:
         raise InputError(f"{source}: {path} does not exist.") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise InputError(
+            f"{source}: {path} has more than twice the {MOST_PIXELS:,} pixels that are read. Scale it down."
+        ) from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # all of them mean damaged data
         raise InputError(f"{source}: {path} cannot be read as an image ({error}).") from error
 
 
-def _pixels(image: Image.Image) -> str:
-    return f"{image.width}x{image.height} pixels"
+def _scaled(image: Image.Image, frame: Frame, resampling: Image.Resampling) -> Image.Image:
+    height, width = frame.scaled
+    return image if (width, height) == image.size else image.resize((width, height), resampling)
 
 
-def _centre(image: Image.Image, pixels: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
-    height, width = pixels
-    scale = max(height / image.height, width / image.width)
-    covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    resized = image if covering == image.size else image.resize(covering, resampling)
-    left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
-    return resized.crop((left, top, left + width, top + height))
+def _places(frame: Frame) -> tuple[Tensor, Tensor]:
+    """For each row and each column of the result its place in the scaled picture, which it may lie outside of."""
+    rows, columns = (torch.arange(side) + offset for side, offset in zip(frame.wanted, frame.offset, strict=True))
+    return rows, columns
 
 
-def _tensor(image: Image.Image) -> Tensor:
-    channels = len(image.getbands())
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return flat.view(image.height, image.width, channels).movedim(-1, 0).contiguous()
+def _window(scaled_CHW: Tensor, frame: Frame) -> Tensor:
+    rows, columns = (
+        places.clamp(0, side - 1) for places, side in zip(_places(frame), scaled_CHW.shape[1:], strict=True)
+    )
+    return scaled_CHW[:, rows[:, None], columns]

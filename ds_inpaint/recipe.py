@@ -86,8 +86,9 @@ def load_recipe(path: Path, overrides: Sequence[str], world_size: int) -> Recipe
             raise loaded.error(name, _missing(file))
     if problem := recipe.model.problem():
         raise loaded.error("model.path", problem)
-    if problem := recipe.model.size_problem(*recipe.data.pixels):
-        raise loaded.error("data.size", problem)
+    for pixels in recipe.data.shapes:
+        if problem := recipe.model.size_problem(*pixels):
+            raise loaded.error("data.size", problem)
     if problem := _uneven(recipe.data.batch, recipe.algorithm, world_size):
         raise loaded.error("data.batch", problem)
     return recipe

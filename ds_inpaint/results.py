@@ -18,7 +18,7 @@ from ds_inpaint.tracking import read_metrics
 from ds_inpaint.values import Triple
 
 
-def draw_results(folder: Path, last: int, name: str, rows: Sequence[Triple], pixels: tuple[int, int]) -> str:
+def draw_results(folder: Path, last: int, name: str, rows: Sequence[Triple]) -> str:
     """Draw the pictures of a finished run, and say what was reached and where it lies.
 
     Args:
@@ -26,10 +26,9 @@ def draw_results(folder: Path, last: int, name: str, rows: Sequence[Triple], pix
         last: number of the last iteration.
         name: of the run.
         rows: the held-out triples.
-        pixels: height and width of the images.
     """
     samples = folder / "samples"
-    draw_before_after(samples, folder / "before_after.png", last, rows, pixels)
+    draw_before_after(samples, folder / "before_after.png", last, rows)
     draw_reward_curve(folder / "reward_curve.png", read_metrics(folder / "metrics.jsonl"), name)
     return (
         f"{_change('held-out reward', read_values(samples, 0, 'reward'), read_values(samples, last, 'reward'))}\n"
@@ -59,13 +58,11 @@ def read_values(folder: Path, iteration: int, name: str) -> Tensor:
     return torch.tensor([math.nan if value is None else value for value in values])
 
 
-def draw_before_after(folder: Path, path: Path, last: int, rows: Sequence[Triple], pixels: tuple[int, int]) -> None:
+def draw_before_after(folder: Path, path: Path, last: int, rows: Sequence[Triple]) -> None:
     """Draw masked | base fill | trained fill | original from the tiles of the first and the last evaluation."""
     names = sorted(tile.name for tile in (folder / f"{last:06d}").iterdir())
-    masked, originals = masked_and_whole([rows[int(Path(name).stem) % len(rows)] for name in names], pixels)
-    before, after = (
-        torch.stack([read_png(folder / f"{iteration:06d}" / name) for name in names]) for iteration in (0, last)
-    )
+    masked, originals = masked_and_whole([rows[int(Path(name).stem) % len(rows)] for name in names])
+    before, after = ([read_png(folder / f"{iteration:06d}" / name) for name in names] for iteration in (0, last))
     write_grid(path, [("masked", masked), ("before", before), ("after", after), ("original", originals)])
 
 

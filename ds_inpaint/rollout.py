@@ -18,6 +18,7 @@ from ds_inpaint.pixels import paste_known, to_bytes
 from ds_inpaint.regions import EVERYWHERE, Focus
 from ds_inpaint.reward_client import Pending, RewardClient
 from ds_inpaint.reward_traffic import metrics
+from ds_inpaint.sampling import Trajectory, encode, walk
 from ds_inpaint.scores import Scores, concatenate, sample_order
 from ds_inpaint.values import Batch, Condition, Policy, Triple
 
@@ -33,6 +34,8 @@ class Prepared:
     owners: tuple[int, ...]
     batch: Batch
     condition: Condition
+    latents_BCHW: Tensor | None
+    """Latents, float32, of the original images, if they were asked for."""
 
     def micro_batches(self, size: int) -> list[list[tuple[int, ...]]]:
         """Sample numbers of each part, cut into micro-batches."""
@@ -42,6 +45,16 @@ class Prepared:
         """The row of each sample's triple, int64 [n]."""
         row_of = {owner: row for row, owner in enumerate(self.owners)}
         return torch.tensor([row_of[sample // self.group_size] for sample in samples])
+
+    def latents_nCHW(self, samples: Sequence[int]) -> Tensor:
+        """Latents of each sample's original image, on their device; only after ``prepare(..., originals=True)``."""
+        assert self.latents_BCHW is not None
+        return self.latents_BCHW[self.rows_n(samples).to(self.latents_BCHW.device)]
+
+    def areas_n(self) -> Tensor:
+        """Share of the pixels that each of this rank's samples has to fill, part by part."""
+        samples = [sample for part in self.parts for sample in part]
+        return self.batch.holes_B1HW.float().mean((1, 2, 3))[self.rows_n(samples)]
 
 
 @dataclass(frozen=True)
@@ -53,11 +66,7 @@ class Chunk:
     condition: Condition
     """One row per sample."""
     focus: Focus
-    latents_nKCHW: Tensor
-    """Latents before each recorded step; float32, as bf16 would falsify the log-probs."""
-    next_nKCHW: Tensor
-    """Latents after it."""
-    log_probs_nK: Tensor
+    trajectory: Trajectory
     raw_nCHW: Tensor
     """The decoded image, uint8."""
     pasted_nCHW: Tensor
@@ -127,24 +136,27 @@ class Rollout:
         mine = range(self.ranks.rank * per_rank, (self.ranks.rank + 1) * per_rank)
         return [[number for number in mine if number % updates == update] for update in range(updates)]
 
-    def prepare(self, triples: Sequence[Triple], group_size: int, parts: Sequence[Sequence[int]]) -> Prepared:
-        """Load and encode the triples of this rank's samples.
+    def prepare(
+        self, triples: Sequence[Triple], group_size: int, parts: Sequence[Sequence[int]], *, originals: bool = False
+    ) -> Prepared:
+        """Load the triples of this rank's samples and encode them, unless that was done by ``ds_inpaint.prepare``.
 
         Each triple is encoded alone: a batch would round differently for each number of ranks.
 
         Args:
-            triples: all triples of the iteration.
+            triples: all triples of the iteration; this rank's are of one size.
             group_size: samples per triple.
             parts: this rank's sample numbers, one list per update.
+            originals: whether the latents of the original images are wanted.
 
         Raises:
             InputError: on all ranks together, whichever met an image, a mask or a text encoder that cannot be used.
         """
         owners = sorted({sample // group_size for part in parts for sample in part})
         with self.ranks.together():
-            batch = load([triples[owner] for owner in owners], self.pixels)
-            conditions = [self.policy.encode(batch.rows(slice(row, row + 1))) for row in range(len(owners))]
-        return Prepared(group_size, parts, tuple(owners), batch, Condition.concatenate(conditions))
+            batch = load([triples[owner] for owner in owners])
+            condition, latents = encode(self.policy, batch, self.ranks.device, originals=originals)
+        return Prepared(group_size, parts, tuple(owners), batch, condition, latents)
 
     def generate(
         self,
@@ -182,28 +194,31 @@ class Rollout:
         parts = [[chunk_of(numbers) for numbers in part] for part in plan]
         return Generated(prepared, parts, pending, time.perf_counter() - started)
 
-    def collect(self, generated: Generated, rewards: RewardClient) -> Rollouts:
+    def collect(self, rewards: RewardClient, *generated: Generated) -> Rollouts:
         """Wait for the scores of all ranks' samples. What needs no scores is best done before.
+
+        Args:
+            rewards: where they were sent.
+            generated: usually one; several where sizes differ, with numbers that together are 0 to N - 1.
 
         Raises:
             RewardsUnavailable: on all ranks together, whichever rank met it.
         """
         started = time.perf_counter()
         with self.ranks.together():
-            scores = concatenate([rewards.collect(pending) for pending in generated.pending])
-        prepared = generated.prepared
-        samples = [sample for part in prepared.parts for sample in part]
-        areas = prepared.batch.holes_B1HW.float().mean((1, 2, 3))[prepared.rows_n(samples)]
+            scores = concatenate([rewards.collect(pending) for each in generated for pending in each.pending])
+        samples = [sample for each in generated for part in each.prepared.parts for sample in part]
+        areas = torch.cat([each.prepared.areas_n() for each in generated])
         everyone = self.ranks.gather((samples, scores, areas, rewards.traffic()))
         order_N = sample_order([number for numbers, *_ in everyone for number in numbers])
         total = concatenate([part for _, part, *_ in everyone]).rows(order_N)
         rewards.require_enough_valid(total)
         return Rollouts(
-            generated.parts,
+            [part for each in generated for part in each.parts],
             total,
             torch.cat([part for _, _, part, _ in everyone])[order_N],
             {
-                "seconds/rollout": generated.seconds,
+                "seconds/rollout": sum(each.seconds for each in generated),
                 "seconds/rewards": time.perf_counter() - started,
                 **metrics([traffic for *_, traffic in everyone]),
             },
@@ -231,33 +246,9 @@ class Rollout:
         given = prepared.condition.rows(rows_n.to(device))
         images, holes = prepared.batch.images_BCHW[rows_n].to(device), prepared.batch.holes_B1HW[rows_n].to(device)
         focused = focus(holes)
-        noise_nTCHW = noise_nTCHW.to(device)
-        latents = noise_nTCHW[:, 0]
-        before, after, log_probs = [], [], []
-        for step in range(len(self.schedule.times_T)):
-            prediction = self.policy.predict(latents, self.schedule.times_N(step, latents), given, guided=True)
-            transition = self.schedule.transition(prediction, latents, step, focused)
-            following = transition.sample(noise_nTCHW[:, step + 1])
-            if step in record:
-                before.append(latents)
-                after.append(following)
-                log_probs.append(transition.log_prob_N(following))
-            latents = following
-        raw = to_bytes(self.policy.decode(latents))
-        return Chunk(
-            samples=numbers,
-            condition=given,
-            focus=focused,
-            latents_nKCHW=_stack(before, latents),
-            next_nKCHW=_stack(after, latents),
-            log_probs_nK=torch.stack(log_probs, 1) if log_probs else latents.new_zeros(len(latents), 0),
-            raw_nCHW=raw,
-            pasted_nCHW=paste_known(raw, images, holes),
-        )
-
-
-def _stack(steps: list[Tensor], like_nCHW: Tensor) -> Tensor:
-    return torch.stack(steps, 1) if steps else like_nCHW.new_zeros(len(like_nCHW), 0, *like_nCHW.shape[1:])
+        walked = walk(self.policy, self.schedule, given, noise_nTCHW.to(device), record=record, focus=focused)
+        raw = to_bytes(self.policy.decode(walked.end_nCHW))
+        return Chunk(numbers, given, focused, walked, raw, paste_known(raw, images, holes))
 
 
 def _request(chunk: Chunk, prepared: Prepared) -> dict[str, Any]:

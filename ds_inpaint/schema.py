@@ -252,6 +252,12 @@ def _allowed(field: dataclasses.Field[Any], kind: Any) -> str:
     return f"Give {allowed}. Meaning: {declared['doc']}"
 
 
+def classes(package: str) -> dict[str, type]:
+    """The classes behind a door, by the names of their files; imports all of them."""
+    found = {name: _class_named_like(import_module(f"{package}.{name}")) for name in _choices(package)}
+    return {name: cls for name, cls in found.items() if cls is not None}
+
+
 def _choices(package: str) -> list[str]:
     """The modules behind a door, found without importing them."""
     modules = pkgutil.iter_modules(import_module(package).__path__)

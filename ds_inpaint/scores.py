@@ -74,6 +74,6 @@ def merge_scorers(parts: Sequence[Scores], names: Sequence[str]) -> Scores:
 
 
 def sample_order(numbers: Sequence[int]) -> Tensor:
-    """Where samples 0 to N - 1 stand among ``numbers``, int64 [N]; a repeated sample counts once."""
+    """Where the samples stand among ``numbers``, ascending, int64 [N]; a repeated one counts once."""
     place = {number: index for index, number in enumerate(numbers)}
-    return torch.tensor([place[number] for number in range(len(place))])
+    return torch.tensor([place[number] for number in sorted(place)])

@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ds_inpaint.alarms import holdout_alarms
-from ds_inpaint.data import read_rows, rows_of_iteration
+from ds_inpaint.cache import check_encoders
+from ds_inpaint.data import rows_of_iteration
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.embedded_server import EmbeddedServer
 from ds_inpaint.engine import Engine
 from ds_inpaint.errors import InputError, RewardsUnavailable
+from ds_inpaint.framing import Pixels
 from ds_inpaint.heldout import evaluate
 from ds_inpaint.meter import Meter, over_updates
 from ds_inpaint.recipe import Recipe
@@ -23,6 +25,7 @@ from ds_inpaint.results import draw_results
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rewards import EMBEDDED, Rewards
 from ds_inpaint.rollout import Rollout
+from ds_inpaint.rows import read_rows
 from ds_inpaint.schema import plain
 from ds_inpaint.sharded_load import create
 from ds_inpaint.slots import EMA
@@ -38,7 +41,9 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
             finished iteration are checkpointed first.
     """
     with ranks.together():
-        train_rows, heldout_rows = read_rows(recipe.data.train), read_rows(recipe.data.heldout)
+        train_rows, heldout_rows = (
+            read_rows(file, recipe.data, recipe.data.root) for file in (recipe.data.train, recipe.data.heldout)
+        )
     folder = recipe.run.dir
     with ExitStack() as stack:
         rewards = stack.enter_context(_connect(recipe.rewards, folder, ranks, stack))
@@ -85,7 +90,11 @@ def _build(recipe: Recipe, ranks: Ranks) -> tuple[Policy, Engine]:
     )
     with ranks.together():
         policy = recipe.model.load(placement)
-        policy.latent_shape(*recipe.data.pixels)
+        for pixels in recipe.data.shapes:
+            policy.latent_shape(*pixels)
+        if ranks.is_main:
+            for file in (recipe.data.train, recipe.data.heldout):
+                check_encoders(file, policy.encoders)
     engine = Engine(
         policy.denoiser,
         recipe.engine,
@@ -129,18 +138,22 @@ class TrainingRun:
     heldout_rows: list[Triple]
 
     def __post_init__(self) -> None:
-        self.rollout = self._rollout(self.recipe.sampler)
-        self.evaluation = self._rollout(self.recipe.evaluation.sampler or self.recipe.sampler)
+        self.rollouts = self._rollouts(self.recipe.sampler)
+        self.evaluations = self._rollouts(self.recipe.evaluation.sampler or self.recipe.sampler)
 
-    def _rollout(self, sampler: Sampler) -> Rollout:
-        return Rollout(
-            self.policy,
-            sampler.schedule(self.policy.process(*self.recipe.data.pixels)),
-            self.ranks,
-            self.recipe.run.seed,
-            self.recipe.data.pixels,
-            self.recipe.engine.micro_batch,
-        )
+    def _rollouts(self, sampler: Sampler) -> dict[Pixels, Rollout]:
+        """Rollouts for every size of pictures."""
+        return {
+            pixels: Rollout(
+                self.policy,
+                sampler.schedule(self.policy.process(*pixels)),
+                self.ranks,
+                self.recipe.run.seed,
+                pixels,
+                self.recipe.engine.micro_batch,
+            )
+            for pixels in self.recipe.data.shapes
+        }
 
     @property
     def checkpoints(self) -> Path:
@@ -175,7 +188,8 @@ class TrainingRun:
             started = time.perf_counter()
             batch = rows_of_iteration(self.train_rows, iteration, self.recipe.data.batch, self.recipe.run.seed)
             with self.saved_if_stopped(Progress(iteration)):
-                experiences = self.recipe.algorithm.collect(batch, iteration, self.rollout, self.rewards)
+                rollout = self.rollouts[batch[0].pixels]
+                experiences = self.recipe.algorithm.collect(batch, iteration, rollout, self.rewards)
             metrics = self.update(experiences, first=iteration == 0)
             seconds = time.perf_counter() - started
             samples = self.recipe.data.batch * self.recipe.algorithm.samples_per_triple
@@ -238,7 +252,7 @@ class TrainingRun:
         """Held-out metrics of the current weights."""
         with self.saved_if_stopped(progress), self.deployed_weights():
             heldout = evaluate(
-                self.evaluation,
+                self.evaluations,
                 self.rewards,
                 self.heldout_rows,
                 self.recipe.evaluation,
@@ -284,5 +298,5 @@ class TrainingRun:
         if weights is None:
             return
         self.policy.export(weights, self.folder / "export")
-        last, data = self.recipe.run.iterations, self.recipe.data
-        print(draw_results(self.folder, last, self.recipe.run.name, self.heldout_rows, data.pixels), flush=True)
+        last, name = self.recipe.run.iterations, self.recipe.run.name
+        print(draw_results(self.folder, last, name, self.heldout_rows), flush=True)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ds_inpaint.framing import Pixels
 from ds_inpaint.gaussian import Schedule
 from ds_inpaint.processes import Process
 
@@ -29,27 +30,36 @@ class Triple:
     """One row of a dataset: what is to be filled, where, and with what."""
 
     id: str
-    image: Path
-    mask: Path
     prompt: str
+    picture: PictureSource
+    pixels: Pixels
+    """Height and width that the picture is brought to."""
     source: str
     """Where the row stands, as ``file:line``, for error messages."""
 
 
+class PictureSource(Protocol):
+    """The image and the hole of a triple, still to be read."""
+
+    def read(self, triple: Triple) -> Picture:
+        """Read them, at ``triple.pixels``.
+
+        Raises:
+            InputError: they cannot be had, or leave nothing or everything to fill; begins with ``triple.source``.
+        """
+        ...
+
+
 @dataclass(frozen=True)
-class Batch:
-    """Loaded triples."""
+class Picture:
+    """One triple's image and hole."""
 
-    ids: tuple[str, ...]
-    prompts: tuple[str, ...]
-    images_BCHW: Tensor
-    """uint8 RGB, C = 3."""
-    holes_B1HW: Tensor
+    image_3HW: Tensor
+    """uint8 RGB."""
+    hole_1HW: Tensor
     """bool, True = pixel to fill."""
-
-    def rows(self, where: slice) -> Batch:
-        """Some consecutive triples."""
-        return Batch(self.ids[where], self.prompts[where], self.images_BCHW[where], self.holes_B1HW[where])
+    encoded: Encoded | None = None
+    """What the model makes of the triple, if it was prepared."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +71,54 @@ class Condition:
 
     tensors: dict[str, Tensor]
 
-    def rows(self, index_n: Tensor) -> Condition:
-        """The condition of each sample, given the triple it belongs to; int64 [n]."""
+    def rows(self, index_n: Tensor | slice) -> Condition:
+        """The condition of each sample, given the triple it belongs to, int64 [n]; or of consecutive triples."""
         return Condition({name: tensor[index_n] for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device) -> Condition:
+        """The same on a device."""
+        return Condition({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def __or__(self, other: Condition) -> Condition:
+        """What both say of the same triples."""
+        return Condition(self.tensors | other.tensors)
 
     @staticmethod
     def concatenate(parts: Sequence[Condition]) -> Condition:
         """Conditions of consecutive triples, joined."""
         return Condition({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a model makes of triples before its denoiser is asked, one row for each."""
+
+    condition: Condition
+    latents_BCHW: Tensor
+    """Latents, float32, of the whole images."""
+
+    def rows(self, where: slice) -> Encoded:
+        """Some consecutive triples."""
+        return Encoded(self.condition.rows(where), self.latents_BCHW[where])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Loaded triples, all of one size."""
+
+    ids: tuple[str, ...]
+    prompts: tuple[str, ...]
+    images_BCHW: Tensor
+    """uint8 RGB, C = 3."""
+    holes_B1HW: Tensor
+    """bool, True = pixel to fill."""
+    encoded: Encoded | None = None
+    """If all of them were prepared."""
+
+    def rows(self, where: slice) -> Batch:
+        """Some consecutive triples."""
+        encoded = None if self.encoded is None else self.encoded.rows(where)
+        return Batch(self.ids[where], self.prompts[where], self.images_BCHW[where], self.holes_B1HW[where], encoded)
 
 
 @dataclass(frozen=True)
@@ -125,7 +175,15 @@ class Policy(Protocol):
         ...
 
     def encode(self, batch: Batch) -> Condition:
-        """Encode text, mask and masked image of each triple, without gradient."""
+        """What the denoiser is told: ``encode_prompts`` and ``encode_known`` in one."""
+        ...
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """Encode texts, each as if alone, without gradient."""
+        ...
+
+    def encode_known(self, batch: Batch) -> Condition:
+        """Encode mask and masked image of each triple, without gradient."""
         ...
 
     def encode_images(self, images_NCHW: Tensor) -> Tensor:
@@ -143,6 +201,13 @@ class Policy(Protocol):
 
     def decode(self, latents_NCHW: Tensor) -> Tensor:
         """Images in [0, 1], float32 [N, 3, H, W], without gradient."""
+        ...
+
+    def encoders(self) -> dict[str, str]:
+        """What the three encodings above hang on, by name, such as a fingerprint of the autoencoder's files.
+
+        Equal for two models that encode alike; the denoiser has no part in it.
+        """
         ...
 
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:

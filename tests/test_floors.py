@@ -14,11 +14,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
-    "errors keys",
-    "yaml_tree key_types schema",
-    "processes regions gaussian pixels noise scores policy_gradient advantages preference ranks combiners",
-    "values denoising samplers",
-    "rewards images data distributed adapters models embedded_server plots tracking",
+    "errors keys pixels",
+    "yaml_tree key_types schema framing",
+    "processes regions gaussian noise scores policy_gradient advantages preference ranks combiners",
+    "images holes",
+    "values denoising sampling samplers",
+    "data scan cache datasets rows",
+    "rewards distributed adapters models embedded_server plots tracking",
     "reward_traffic reward_channel reward_failover reward_routes reward_wire reward_lane reward_client",
     "optimizer zero_config shards slots checkpoints sharded_load engine",
     "rollout heldout results alarms algorithm",

@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 
-from ds_inpaint.data import load, read_rows, rows_of_iteration
+from ds_inpaint.data import load, rows_of_iteration
 from ds_inpaint.errors import InputError
+from ds_inpaint.framing import Framing
 from ds_inpaint.images import read_png, write_grid, write_png
 from ds_inpaint.noise import sample_noise
 from ds_inpaint.pixels import blank_holes, paste_known, to_bytes, to_model_range
+from ds_inpaint.rows import read_rows
 from ds_inpaint.values import Triple
 
 
@@ -50,7 +52,7 @@ ROW = {"image": "a.png", "mask": "m.png", "prompt": "a cat"}
 
 def test_a_row_is_loaded_as_centred_square(tmp_path):
     image, mask = make_image(tmp_path)
-    batch = load(read_rows(write_rows(tmp_path, ROW)), (16, 16))
+    batch = load(read_rows(write_rows(tmp_path, ROW), Framing(size=16)))
     assert torch.equal(batch.images_BCHW[0], image[:, :, 4:20])
     assert torch.equal(batch.holes_B1HW[0], mask[:, :, 4:20] > 127)
     assert batch.prompts == ("a cat",)
@@ -58,7 +60,7 @@ def test_a_row_is_loaded_as_centred_square(tmp_path):
 
 def test_resizing_keeps_the_aspect_and_a_binary_mask(tmp_path):
     make_image(tmp_path, size=(48, 32))
-    batch = load(read_rows(write_rows(tmp_path, ROW)), (16, 16))
+    batch = load(read_rows(write_rows(tmp_path, ROW), Framing(size=16)))
     assert batch.images_BCHW.shape == (1, 3, 16, 16)
     assert batch.holes_B1HW.dtype == torch.bool
     assert 0 < batch.holes_B1HW.sum() < 256
@@ -67,7 +69,7 @@ def test_resizing_keeps_the_aspect_and_a_binary_mask(tmp_path):
 @pytest.mark.parametrize(("pixels", "kept"), [((16, 32), (16, 32)), ((32, 40), (32, 40)), ((32, 48), (32, 48))])
 def test_pictures_cover_sizes_that_are_not_square(tmp_path, pixels, kept):
     make_image(tmp_path, size=(48, 32))
-    batch = load(read_rows(write_rows(tmp_path, ROW)), pixels)
+    batch = load(read_rows(write_rows(tmp_path, ROW), Framing(size=pixels)))
     assert batch.images_BCHW.shape[2:] == batch.holes_B1HW.shape[2:] == kept
     assert 0 < batch.holes_B1HW.float().mean() < 1
 
@@ -78,7 +80,7 @@ def test_every_bad_row_is_named(tmp_path):
         tmp_path, "{not json", {**ROW, "image": "b.png"}, {"image": "a.png", "mask": "m.png"}, ROW, ROW, "[1]"
     )
     with pytest.raises(InputError) as error:
-        read_rows(file)
+        read_rows(file, Framing(size=16))
     lines = str(error.value).split("\n")
     assert [line.split(": ")[0] for line in lines] == [f"{file}:{n}" for n in (1, 2, 3, 5, 6)]
     assert "not valid JSON" in lines[0]
@@ -90,22 +92,22 @@ def test_every_bad_row_is_named(tmp_path):
 
 def test_unusable_pictures_are_refused(tmp_path):
     make_image(tmp_path, hole=False)
-    rows = read_rows(write_rows(tmp_path, ROW))
+    rows = read_rows(write_rows(tmp_path, ROW), Framing(size=16))
     with pytest.raises(InputError, match="nothing to fill"):
-        load(rows, (16, 16))
+        load(rows)
     write_png(tmp_path / "m.png", torch.full((1, 16, 24), 255, dtype=torch.uint8))
     with pytest.raises(InputError, match="everything to fill"):
-        load(rows, (16, 16))
+        load(rows)
     write_png(tmp_path / "m.png", torch.full((1, 8, 8), 255, dtype=torch.uint8))
     with pytest.raises(InputError, match=r"24x16 pixels but mask .* is 8x8"):
-        load(rows, (16, 16))
+        load(rows)
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     with pytest.raises(InputError, match="cannot be read as an image"):
-        load(rows, (16, 16))
+        load(rows)
 
 
 def test_iterations_walk_each_epoch_once():
-    rows = [Triple(str(i), None, None, "", "") for i in range(10)]
+    rows = [Triple(str(i), "", None, (16, 16), "") for i in range(10)]
     seen = [row.id for i in range(5) for row in rows_of_iteration(rows, i, 4, seed=1)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(row.id for row in rows)
     assert seen[:10] != seen[10:]

@@ -14,12 +14,14 @@ from torch.distributions import Normal
 from ds_inpaint.algorithms.dpo import DPO
 from ds_inpaint.algorithms.grpo import GRPO
 from ds_inpaint.algorithms.sft import SFT
-from ds_inpaint.data import load, read_rows
+from ds_inpaint.data import load
 from ds_inpaint.errors import UntrustworthyUpdate
+from ds_inpaint.framing import Framing
 from ds_inpaint.models.flux import Flux
 from ds_inpaint.models.sd import SD
 from ds_inpaint.noise import sample_noise
 from ds_inpaint.rewards import Rewards
+from ds_inpaint.rows import read_rows
 from ds_inpaint.samplers.ddim import DDIM
 from ds_inpaint.samplers.flow_sde import FlowSDE
 from ds_inpaint.samplers.ode import ODE
@@ -46,13 +48,13 @@ def rollout(family, request):
 
 @pytest.fixture(scope="module")
 def triples(photos: Path):
-    return read_rows(photos / "train.jsonl")[:2]
+    return read_rows(photos / "train.jsonl", Framing(size=64))[:2]
 
 
 @pytest.fixture(scope="module")
 def cells_BHW(rollout, triples):
     """Latents that cover any pixel to fill, cell by cell."""
-    holes = load(triples, (64, 64)).holes_B1HW[:, 0]
+    holes = load(triples).holes_B1HW[:, 0]
     _, height, width = rollout.latent_shape
     down, right = 64 // height, 64 // width
     return holes.unflatten(1, (height, down)).unflatten(3, (width, right)).any(2).any(3)
@@ -201,7 +203,7 @@ def test_sft_is_the_error_on_the_original_images(rollout, triples, cells_BHW, fa
     process = policy.process(64, 64)
     moments = (levels * 1000).floor() if family == "sd" else process.shift / (process.shift + 1 / levels - 1)
     noise = sample_noise(0, "sft noise", 5, [0, 1], rollout.latent_shape)
-    batch = load(triples, (64, 64))
+    batch = load(triples)
     noisy, targets = noised_by_diffusers(family, policy.encode_images(batch.images_BCHW), noise, moments)
     torch.testing.assert_close(shown.task.noisy_NCHW, noisy, atol=1e-5, rtol=1e-5)
     expected = 0.0

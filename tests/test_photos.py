@@ -20,7 +20,10 @@ from diffusers import (
 from torch import nn
 
 from ds_inpaint import photos
-from ds_inpaint.images import read_png, read_triple
+from ds_inpaint.data import load
+from ds_inpaint.framing import Framing
+from ds_inpaint.images import read_png
+from ds_inpaint.rows import read_rows
 
 MODELS = Path(__file__).parents[1] / "recipes" / "tiny" / "models"
 PIPELINES = {
@@ -48,12 +51,10 @@ def rows(folder):
     }
 
 
-def read(folder, rows):
+def read(folder, split, numbers=slice(None)):
     """uint8 images [N, 3, 64, 64] and bool masks [N, 1, 64, 64]."""
-    triples = [
-        read_triple(folder / row["image"], folder / row["mask"], (photos.SIDE, photos.SIDE), "test") for row in rows
-    ]
-    return [torch.stack(column) for column in zip(*triples, strict=True)]
+    batch = load(read_rows(folder / f"{split}.jsonl", Framing(size=photos.SIDE))[numbers])
+    return batch.images_BCHW, batch.holes_B1HW
 
 
 def test_rows_are_complete_and_unique(folder, rows):
@@ -83,7 +84,7 @@ def test_drawing_again_gives_the_files_and_no_crop_of_one_split_touches_the_othe
         random = np.random.default_rng(seed)
         crops[split] = photos.draw_crops(split, random)
         masks_NHW = np.stack([photos.random_mask(random) for _ in crops[split]])
-        images, masks = read(folder, rows[split])
+        images, masks = read(folder, split)
         pixels_NHW3 = np.stack([crop.pixels_HW3 for crop in crops[split]])
         assert np.array_equal(images.movedim(1, -1).numpy(), pixels_NHW3)
         assert np.array_equal(masks[:, 0].numpy(), masks_NHW)
@@ -109,7 +110,7 @@ def test_the_shipped_bases_fill_heldout_holes(folder, rows, family):
     networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     assert {network.dtype for network in networks} == {torch.float32}
     chosen = rows["heldout"][::16]
-    images, masks = read(folder, chosen)
+    images, masks = read(folder, "heldout", slice(None, None, 16))
     originals_N3HW, holes_N1HW = images / 255, masks.float()
     filled_N3HW = pipeline(
         [row["prompt"] for row in chosen],

@@ -71,14 +71,14 @@ BROKEN = {
     ),
     "missing key": (
         ("  train: train.jsonl\n", ""),
-        "grpo.yaml:8: data.train: missing. Give a path. Meaning: JSONL of {image, mask, prompt} rows to train on; "
-        "paths relative to the file.",
+        "grpo.yaml:8: data.train: missing. Give a path. Meaning: JSONL of {image, mask, prompt} rows to train on, "
+        "paths relative to it; or train.jsonl of a prepared dataset.",
     ),
     "out of range": (
         ("  size: 64", "  size: 8"),
         "grpo.yaml:11: data.size: expected an integer of at least 16, or a list of 2: an integer of at least 16, an "
         "integer of at least 16; found 8 (an integer). Meaning: Pixels of the images: the side of squares, or [height, "
-        "width]; a picture is scaled and cropped to it.",
+        "width]; a picture is scaled, then cropped or padded.",
     ),
     "images that the model cannot take": (
         ("  size: 64", "  size: [64, 72]"),

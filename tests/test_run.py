@@ -22,9 +22,11 @@ import pytest
 from conftest import start_ranks
 
 from ds_inpaint import run
-from ds_inpaint.data import read_rows, rows_of_iteration
+from ds_inpaint.data import rows_of_iteration
 from ds_inpaint.distributed import Ranks
+from ds_inpaint.framing import Framing
 from ds_inpaint.images import read_png
+from ds_inpaint.rows import read_rows
 from ds_inpaint.tracking import read_metrics
 from ds_inpaint.values import Triple
 
@@ -146,13 +148,14 @@ def corrupt_one_image(photos: Path, out: Path) -> Path:
     """A dataset with a broken image that only rank 1 reads, in the second iteration."""
     folder = shutil.copytree(photos, out / "corrupt_photos")
     bad = second_of_iteration_1(folder / "train.jsonl")
-    bad.image.write_bytes(bad.image.read_bytes()[:200])
+    image = bad.picture.image
+    image.write_bytes(image.read_bytes()[:200])
     return folder / "train.jsonl"
 
 
 def second_of_iteration_1(dataset: Path) -> Triple:
     """The triple whose samples rank 1 draws; rank 0 has those of the first."""
-    return rows_of_iteration(read_rows(dataset), 1, BATCH, SEED)[1]
+    return rows_of_iteration(read_rows(dataset, Framing(size=64)), 1, BATCH, SEED)[1]
 
 
 @pytest.fixture(scope="module")

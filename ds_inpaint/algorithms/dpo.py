@@ -118,7 +118,7 @@ class DPO:
         reference = rollout.policy.denoiser.weights
         with reference("reference") if self.sampled_by == "reference" else nullcontext():
             generated = rollout.generate(prepared, rewards, purpose="rollout", iteration=iteration)
-        rollouts = rollout.collect(generated, rewards)
+        rollouts = rollout.collect(rewards, generated)
         judgement = rewards.recipe.judge(rollouts.scores, rollouts.areas_N, self.group_size)
         preferences = best_and_worst(judgement, self.group_size, self.least_spread)
         pasted = {

@@ -147,7 +147,7 @@ class GRPO:
             same_start=self.same_start,
         )
         references = self._reference_predictions(generated.chunks, steps, rollout)
-        rollouts = rollout.collect(generated, rewards)
+        rollouts = rollout.collect(rewards, generated)
         judgement = rewards.recipe.judge(rollouts.scores, rollouts.areas_N, self.group_size)
         advantages = group_relative(
             judgement, self.group_size, self.advantage_spread, self.advantage_eps, self.advantage_bound
@@ -233,7 +233,7 @@ class GRPO:
         policy, schedule = rollout.policy, rollout.schedule
 
         def prediction(chunk: Chunk, column: int, step: int) -> Tensor:
-            latents = chunk.latents_nKCHW[:, column]
+            latents = chunk.trajectory.latents_nKCHW[:, column]
             return policy.predict(latents, schedule.times_N(step, latents), chunk.condition, guided=True)
 
         with policy.denoiser.weights("reference"):
@@ -252,15 +252,15 @@ class GRPO:
         count: Tensor,
         references: dict[tuple[int, ...], Tensor],
     ) -> TrainedStep:
-        samples, device = list(chunk.samples), chunk.latents_nKCHW.device
+        samples, device = list(chunk.samples), chunk.trajectory.latents_nKCHW.device
         return TrainedStep(
             schedule=rollout.schedule,
             step=step,
             condition=chunk.condition,
             focus=chunk.focus,
-            latents_nCHW=chunk.latents_nKCHW[:, column],
-            next_nCHW=chunk.next_nKCHW[:, column],
-            old_log_probs_n=chunk.log_probs_nK[:, column],
+            latents_nCHW=chunk.trajectory.latents_nKCHW[:, column],
+            next_nCHW=chunk.trajectory.next_nKCHW[:, column],
+            old_log_probs_n=chunk.trajectory.log_probs_nK[:, column],
             advantages_n=advantages.advantages_N[samples].to(device),
             shares_n=(advantages.weights_N[samples] / count.clamp(min=1)).to(device),
             reference_nCHW=references[chunk.samples][:, column] if references else None,

@@ -84,7 +84,7 @@ class SFT:
         """Encode this rank's images and noise them."""
         started = time.perf_counter()
         shown = [self._with_prompt_or_not(triple, rollout.seed, iteration, n) for n, triple in enumerate(triples)]
-        prepared = rollout.prepare(shown, 1, rollout.share(len(triples)))
+        prepared = rollout.prepare(shown, 1, rollout.share(len(triples)), originals=True)
         tasks = [
             self._task(numbers, prepared, rollout, iteration)
             for numbers in prepared.micro_batches(rollout.micro_batch)[0]
@@ -112,7 +112,7 @@ class SFT:
         holes_n1HW = latent_holes(prepared.batch.holes_B1HW[rows_n].to(device), height, width, self.hole_dilation)
         return denoising_task(
             policy.process(*rollout.pixels),
-            policy.encode_images(prepared.batch.images_BCHW[rows_n]),
+            prepared.latents_nCHW(numbers),
             sample_noise(rollout.seed, "sft noise", iteration, numbers, rollout.latent_shape).to(device),
             time_quantiles(self.times, rollout.seed, "sft times", iteration, numbers).to(device),
             prepared.condition.rows(rows_n.to(device)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,9 @@ WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model")
 NOT_DOWNLOADED = ("*.fp16*", "*.non_ema*")
 """The same weights again, rounded or older."""
+
+BLOCK, SAMPLES = 2**20, 64
+"""Bytes that are read at once for a fingerprint, and how often of a large file."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,30 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], length: int, device: torch
     """int64 [B, length]; longer prompts are truncated, shorter ones padded, as in the published pipelines."""
     tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return tokens.input_ids.to(device)
+
+
+def fingerprints(folder: Path, parts: Sequence[str]) -> dict[str, str]:
+    """By part, a sha256 of the names and contents of its files.
+
+    Of a file of more than ``SAMPLES`` blocks only so many are read, spread evenly, as other weights differ nearly
+    everywhere: T5 would take half a minute at every start.
+    """
+    return {part: _fingerprint(folder / part) for part in parts}
+
+
+def _fingerprint(part: Path) -> str:
+    found = hashlib.sha256()
+    for file in sorted(file for file in part.rglob("*") if file.is_file()):
+        size = file.stat().st_size
+        found.update(f"{file.relative_to(part)}:{size};".encode())
+        starts = list(range(0, size, BLOCK))
+        if len(starts) > SAMPLES:
+            starts = [(size - BLOCK) * sample // (SAMPLES - 1) for sample in range(SAMPLES)]
+        with file.open("rb") as stored:
+            for start in starts:
+                stored.seek(start)
+                found.update(stored.read(BLOCK))
+    return found.hexdigest()
 
 
 def copy_parts(source: Path, target: Path, besides: str) -> None:

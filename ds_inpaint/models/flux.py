@@ -30,6 +30,7 @@ from ds_inpaint.models._folder import (
     REVISION_DOC,
     FolderLayout,
     find,
+    fingerprints,
     load_text,
     load_vae,
     path_problem,
@@ -119,6 +120,7 @@ class Flux:
             folder=folder,
             codec=LatentCodec(vae, vae.config.shift_factor, _multiple(folder)),
             text=PromptCache(FluxText(folder, placement, self.text_tokens), placement.device),
+            text_tokens=self.text_tokens,
             scheduler=read_config(folder / "scheduler"),
             guidance=self.guidance,
             shift=None if self.shift == "dynamic" else self.shift,
@@ -215,6 +217,7 @@ class FluxPolicy:
     folder: Path
     codec: LatentCodec
     text: PromptCache
+    text_tokens: int
     scheduler: Mapping[str, Any]
     """Settings of the published scheduler."""
     guidance: float
@@ -237,15 +240,23 @@ class FluxPolicy:
         """
         return self.codec.latent_shape(height, width)
 
-    @torch.no_grad()
     def encode(self, batch: Batch) -> Condition:
-        """Text states, and for each patch the latents of the image with its hole blanked and the hole's pixels."""
+        """Both of the following."""
+        return self.encode_prompts(batch.prompts) | self.encode_known(batch)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """The text states of T5, and CLIP's of a whole prompt."""
+        return Condition(self.text(prompts))
+
+    @torch.no_grad()
+    def encode_known(self, batch: Batch) -> Condition:
+        """For each patch the latents of the image with its hole blanked and the hole's pixels."""
         masked_latents_BChw = self.codec.encode_known(batch)
         holes_B1HW = batch.holes_B1HW.to(masked_latents_BChw.device)
         # The hole keeps its full resolution: the pixels under one latent become its channels.
         hole_BChw = functional.pixel_unshuffle(holes_B1HW.float(), self.codec.shrink)
         known_BPC = pack(torch.cat([masked_latents_BChw, hole_BChw], dim=1))
-        return Condition({**self.text(batch.prompts), "known": known_BPC.to(self.codec.vae.dtype)})
+        return Condition({"known": known_BPC.to(self.codec.vae.dtype)})
 
     def encode_images(self, images_NCHW: Tensor) -> Tensor:
         """Latents, float32, of whole uint8 images."""
@@ -271,6 +282,17 @@ class FluxPolicy:
     def decode(self, latents_NCHW: Tensor) -> Tensor:
         """Images in [0, 1], float32."""
         return self.codec.decode(latents_NCHW)
+
+    def encoders(self) -> dict[str, str]:
+        """The autoencoder, T5, CLIP, their precision and the length of a text."""
+        settings = {
+            "family": "flux",
+            "precision": str(self.codec.vae.dtype),
+            "text_tokens": str(self.text_tokens),
+        }
+        return settings | fingerprints(
+            self.folder, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        )
 
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Write a folder that stock diffusers loads as FluxFillPipeline."""

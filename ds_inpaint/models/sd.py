@@ -25,6 +25,7 @@ from ds_inpaint.models._folder import (
     REVISION_DOC,
     FolderLayout,
     find,
+    fingerprints,
     load_text,
     load_vae,
     path_problem,
@@ -164,13 +165,21 @@ class SDPolicy:
         """
         return self.codec.latent_shape(height, width)
 
-    @torch.no_grad()
     def encode(self, batch: Batch) -> Condition:
-        """Text states, hole on the latent grid, and the latents of the image with its hole blanked."""
+        """Both of the following."""
+        return self.encode_prompts(batch.prompts) | self.encode_known(batch)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """CLIP's text states."""
+        return Condition(self.text(prompts))
+
+    @torch.no_grad()
+    def encode_known(self, batch: Batch) -> Condition:
+        """The hole on the latent grid, and the latents of the image with its hole blanked."""
         masked_latents_BChw = self.codec.encode_known(batch)
         holes_B1HW = batch.holes_B1HW.to(masked_latents_BChw.device)
         hole_B1hw = functional.interpolate(holes_B1HW.float(), size=masked_latents_BChw.shape[-2:])
-        return Condition({**self.text(batch.prompts), "hole": hole_B1hw, "masked_latents": masked_latents_BChw})
+        return Condition({"hole": hole_B1hw, "masked_latents": masked_latents_BChw})
 
     def encode_images(self, images_NCHW: Tensor) -> Tensor:
         """Latents, float32, of whole uint8 images."""
@@ -202,6 +211,12 @@ class SDPolicy:
     def decode(self, latents_NCHW: Tensor) -> Tensor:
         """Images in [0, 1], float32."""
         return self.codec.decode(latents_NCHW)
+
+    def encoders(self) -> dict[str, str]:
+        """The autoencoder, CLIP and their precision."""
+        return {"family": "sd", "precision": str(self.codec.vae.dtype)} | fingerprints(
+            self.folder, ("vae", "text_encoder", "tokenizer")
+        )
 
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Write a folder that stock diffusers loads as StableDiffusionInpaintPipeline."""

@@ -1,0 +1,116 @@
+"""Where the hole of a picture comes from: a mask file, run lengths, a blackened copy, a segmentation, or a draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ds_inpaint.errors import InputError
+from ds_inpaint.framing import Frame, Pixels
+from ds_inpaint.images import frame_hole, open_image, stencil_of, whole
+
+
+class HoleSource(Protocol):
+    """A hole that is still to be read or drawn."""
+
+    def read(self, frame: Frame, source: str) -> Tensor:
+        """The hole, bool [1, H, W], framed like the picture that it belongs to.
+
+        Args:
+            frame: of the picture.
+            source: where it is named, for messages.
+
+        Raises:
+            InputError: it cannot be had, or does not fit the picture.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """A picture of the same size as the image, white where it is to be filled."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"mask {self.path}"
+
+    def read(self, frame: Frame, source: str) -> Tensor:
+        """See ``HoleSource``."""
+        stencil = open_image(self.path, "L", source)
+        _check_size((stencil.height, stencil.width), frame, str(self), source)
+        return frame_hole(stencil, frame)
+
+
+@dataclass(frozen=True)
+class BlackedOut:
+    """A copy of the image with its hole painted black."""
+
+    path: Path
+    below: int
+    """A pixel belongs to the hole if its three channels, 0 to 255 each, add up to less."""
+
+    def __str__(self) -> str:
+        return f"the black in {self.path}"
+
+    def read(self, frame: Frame, source: str) -> Tensor:
+        """See ``HoleSource``."""
+        copy = open_image(self.path, "RGB", source)
+        _check_size((copy.height, copy.width), frame, str(self), source)
+        dark_HW = whole(copy).sum(0, dtype=torch.int32) < self.below
+        return frame_hole(stencil_of(dark_HW), frame)
+
+
+@dataclass(frozen=True)
+class RunLengths:
+    """Runs of pixels to fill in the flattened mask."""
+
+    runs: tuple[int, ...]
+    """start, length, start, length, ...; the first pixel is number ``first``."""
+    size: Pixels
+    order: Literal["C", "F"]
+    """C: row after row; F: column after column."""
+    first: int
+
+    def __str__(self) -> str:
+        return "the mask in run lengths"
+
+    def read(self, frame: Frame, source: str) -> Tensor:
+        """See ``HoleSource``."""
+        _check_size(self.size, frame, str(self), source)
+        return frame_hole(stencil_of(self.decode(source)), frame)
+
+    def decode(self, source: str) -> Tensor:
+        """The mask as it was written, bool [H, W].
+
+        Raises:
+            InputError: a run is incomplete or leaves the picture.
+        """
+        height, width = self.size
+        starts, lengths = torch.tensor(self.runs[::2]) - self.first, torch.tensor(self.runs[1::2])
+        bounded = len(starts) == len(lengths) and bool(
+            (starts >= 0).all() and (lengths >= 0).all() and (starts + lengths <= height * width).all()
+        )
+        if not bounded:
+            raise InputError(
+                f"{source}: the run lengths are not pairs of a start, counted from {self.first}, and a length inside "
+                f"{width}x{height} pixels. Check the file, or tell how it counts."
+            )
+        # +1 where a run starts and -1 behind it: the running sum is positive inside.
+        edges = torch.zeros(height * width + 1, dtype=torch.int32)
+        edges.index_add_(0, starts, torch.ones_like(starts, dtype=torch.int32))
+        edges.index_add_(0, starts + lengths, -torch.ones_like(starts, dtype=torch.int32))
+        flat = edges.cumsum(0)[:-1] > 0
+        return flat.view(height, width) if self.order == "C" else flat.view(width, height).mT.contiguous()
+
+
+def _check_size(found: Pixels, frame: Frame, what: str, source: str) -> None:
+    if found != frame.found:
+        (height, width), (rows, columns) = frame.found, found
+        raise InputError(
+            f"{source}: the image is {width}x{height} pixels but {what} is {columns}x{rows}; make both the same size."
+        )
