@@ -27,8 +27,13 @@ READERS = 8
 class Data(Framing):
     """Recipe section ``data``."""
 
-    train: Path = key(REQUIRED, "JSONL of {image, mask, prompt} rows to train on, paths relative to it; or train.jsonl of a prepared dataset.")
-    heldout: Path = key(REQUIRED, "JSONL of rows that are never trained on, for evaluation; or heldout.jsonl of a prepared dataset.")
+    train: Path = key(
+        REQUIRED,
+        "JSONL of {image, mask, prompt} rows to train on, paths relative to it; or train.jsonl of a prepared dataset.",
+    )
+    heldout: Path = key(
+        REQUIRED, "JSONL of rows that are never trained on, for evaluation; or heldout.jsonl of a prepared dataset."
+    )
     root: Path | None = key(
         None, "Folder in which all files of a JSONL must lie; left out, the folder of the JSONL itself."
     )
@@ -39,13 +44,12 @@ class Data(Framing):
 class PictureFiles:
     """A picture that lies in files."""
 
-    image: Path
     hole: HoleSource
     fit: Fit
 
     def read(self, triple: Triple) -> Picture:
         """See ``values.PictureSource``."""
-        picture = open_image(self.image, "RGB", triple.source)
+        picture = open_image(triple.image, "RGB", triple.source)
         frame = Frame((picture.height, picture.width), triple.pixels, self.fit)
         hole_1HW = self.hole.read(frame, triple.source)
         if not hole_1HW.any() or hole_1HW.all():

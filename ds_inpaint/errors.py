@@ -30,6 +30,12 @@ class UntrustworthyUpdate(DsInpaintError):
     exit_code = 4
 
 
+class RowsRejected(DsInpaintError):
+    """Everything was done, but some rows of the data could not be used; each is listed with its reason."""
+
+    exit_code = 6
+
+
 class PlanMismatch(DsInpaintError):
     """Ranks were about to run different numbers of forwards or backwards, which would hang."""
 

@@ -19,7 +19,7 @@ from ds_inpaint.framing import Pixels
 from ds_inpaint.images import write_grid, write_png
 from ds_inpaint.keys import door, key
 from ds_inpaint.noise import sample_noise
-from ds_inpaint.pixels import blank_holes
+from ds_inpaint.pixels import grey_holes
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Prepared, Rollout
 from ds_inpaint.values import Triple
@@ -173,5 +173,5 @@ def _write(
 def masked_and_whole(triples: Sequence[Triple]) -> tuple[list[Tensor], list[Tensor]]:
     """The images with grey holes, and as they are; uint8 [3, H, W] each."""
     batches = [load([triple]) for triple in triples]  # one by one, as their sizes may differ
-    grey = [blank_holes(batch.images_BCHW[0].float() - 127.5, batch.holes_B1HW[0]) + 127.5 for batch in batches]
-    return [image.to(torch.uint8) for image in grey], [batch.images_BCHW[0] for batch in batches]
+    grey = [grey_holes(batch.images_BCHW[0], batch.holes_B1HW[0]) for batch in batches]
+    return grey, [batch.images_BCHW[0] for batch in batches]

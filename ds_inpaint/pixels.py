@@ -27,6 +27,11 @@ def paste_known(fills: Tensor, originals: Tensor, holes: Tensor) -> Tensor:
     return torch.where(holes, fills, originals)
 
 
+def grey_holes(images: Tensor, holes: Tensor) -> Tensor:
+    """uint8 images with their holes grey, to look at."""
+    return images.masked_fill(holes, 127)
+
+
 def blank_holes(images: Tensor, holes: Tensor) -> Tensor:
     """Images in [-1, 1] with their holes set to 0, mid grey, as Stable Diffusion inpainting was trained."""
     return images.masked_fill(holes, 0.0)

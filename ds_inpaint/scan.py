@@ -84,8 +84,7 @@ class Collector:
         except InputError as error:
             self.refuse(source, "unreadable image", str(error).removeprefix(f"{source}: "))
             return
-        picture = PictureFiles(image, hole, self._framing.fit)
-        self._triples.append(Triple(id, prompt, picture, pixels, source))
+        self._triples.append(Triple(id, prompt, image, PictureFiles(hole, self._framing.fit), pixels, source))
 
     def refuse(self, source: str, kind: str, reason: str) -> None:
         """Note why a row cannot be used; for the arguments see ``Problem``."""

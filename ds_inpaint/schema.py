@@ -67,6 +67,51 @@ def load(path: Path, overrides: Sequence[str], cls: type[T]) -> Loaded[T]:
     return Loaded(recipe, building.places)
 
 
+def load_settings(recipe: Path | None, overrides: Sequence[str], cls: type[T]) -> Loaded[T]:
+    """Settings of a command that does not train, with what they have in common with a recipe taken from there.
+
+    Args:
+        recipe: a YAML file, which may hold more than ``cls`` has keys for; None for no file.
+        overrides: ``section.key=value`` settings, as in ``load``.
+        cls: frozen dataclass of the settings.
+
+    Raises:
+        InputError: see ``load``.
+    """
+    root, problems = yaml_tree.read(recipe, []) if recipe else (Node({}, "settings"), [])
+    root = _shared(root, cls)
+    problems += yaml_tree.override(root, overrides)
+    building = _Building(problems, {})
+    settings = building.section(cls, root, "")
+    if problems:
+        raise InputError("\n".join(problems))
+    return Loaded(settings, building.places)
+
+
+def _shared(node: Node, cls: type) -> Node:
+    """The keys of a section that another class of sections has too."""
+    fields, kinds = _fields(cls), get_type_hints(cls)
+    entries = node.value if isinstance(node.value, dict) else {}
+    kept = {name: child for name, child in entries.items() if name in fields}
+    nested = {name: _shared(child, kinds[name]) for name, child in kept.items() if is_section(kinds[name])}
+    return Node(kept | nested, node.where)
+
+
+def describe(cls: type) -> str:
+    """Every key of a class of settings, for a command's help: its name, its default and what it means."""
+    lines = []
+    for name, field in _fields(cls).items():
+        if "door" in field.metadata:
+            choices = ", ".join(_choices(field.metadata["door"]))
+            lines.append(f"{name}.name: one of {choices}. {field.metadata['doc']}")
+        else:
+            for key_name, inner in _fields(get_type_hints(cls)[name]).items():
+                if "door" not in inner.metadata:
+                    default = plain(inner.default) if inner.default is not MISSING else "..."
+                    lines.append(f"{name}.{key_name}={default}: {inner.metadata['doc']}")
+    return "\n".join(f"  {line}" for line in lines)
+
+
 def dump(recipe: object) -> str:
     """YAML of a recipe, defaults included, in the order of its fields; it loads to an equal recipe."""
     return yaml_tree.write(plain(recipe))

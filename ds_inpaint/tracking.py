@@ -30,6 +30,11 @@ class Tracking:
     project: str = key("ds_inpaint", "Weights & Biases project.")
 
 
+def progress_bar(total: int, what: str, unit: str, *, shown: bool) -> Any:
+    """A bar on stderr; call its ``update`` and ``close``, or use it as a context."""
+    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, disable=not shown)
+
+
 class Tracker:
     """Writes one JSON object per iteration to ``metrics.jsonl``; silent on all ranks but 0."""
 

@@ -31,6 +31,8 @@ class Triple:
 
     id: str
     prompt: str
+    image: Path
+    """The original; of a prepared triple its name only, as the file may be gone."""
     picture: PictureSource
     pixels: Pixels
     """Height and width that the picture is brought to."""

@@ -48,9 +48,16 @@ def read(path: Path, overrides: Sequence[str]) -> tuple[Node, list[str]]:
     if not isinstance(root.value, dict):
         found = "is empty" if root.value is None else "is not a mapping"
         raise InputError(f"{path} {found}. A recipe is a mapping of sections, such as `algorithm:`.")
-    for override in overrides:
-        _override(root.value, root.where, override, problems)
-    return root, problems
+    return root, problems + override(root, overrides)
+
+
+def override(root: Node, overrides: Sequence[str]) -> list[str]:
+    """Set keys of a mapping in place, by ``section.key=value`` in order; returns a sentence for each that cannot be."""
+    problems: list[str] = []
+    assert isinstance(root.value, dict)
+    for setting in overrides:
+        _override(root.value, root.where, setting, problems)
+    return problems
 
 
 def write(tree: object) -> str:

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 
-from ds_inpaint import run, trainer
+from ds_inpaint import commands, run, trainer
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import RewardsUnavailable
 from ds_inpaint.models.sd import SDPolicy
@@ -78,7 +78,7 @@ def main(out: Path, jobs: list[list[str]]) -> None:
         stdout, stderr = StringIO(), StringIO()
         with (
             patch.object(run, "setup", join_once),
-            patch.object(run, "SECONDS_FOR_RANK_0", 0),
+            patch.object(commands, "SECONDS_FOR_RANK_0", 0),
             patch.object(Ranks, "leave", lambda self: None),
             FAULTS.get(name, nullcontext)(),
             redirect_stdout(stdout),

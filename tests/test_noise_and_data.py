@@ -107,7 +107,7 @@ def test_unusable_pictures_are_refused(tmp_path):
 
 
 def test_iterations_walk_each_epoch_once():
-    rows = [Triple(str(i), "", None, (16, 16), "") for i in range(10)]
+    rows = [Triple(str(i), "", None, None, (16, 16), "") for i in range(10)]
     seen = [row.id for i in range(5) for row in rows_of_iteration(rows, i, 4, seed=1)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(row.id for row in rows)
     assert seen[:10] != seen[10:]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_inpaint import run
+from ds_inpaint import commands, run
 
 PARTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -272,9 +272,9 @@ def test_a_recipe_that_does_not_exist_is_told_with_its_neighbours(capsys):
 def test_the_other_ranks_let_rank_0_speak_first(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     said_before = []
-    monkeypatch.setattr(run.time, "sleep", lambda seconds: said_before.append((seconds, capsys.readouterr().err)))
+    monkeypatch.setattr(commands.time, "sleep", lambda seconds: said_before.append((seconds, capsys.readouterr().err)))
     assert run.main(["grpo.yaml"]) == 2
-    assert said_before == [(run.SECONDS_FOR_RANK_0, "")]
+    assert said_before == [(commands.SECONDS_FOR_RANK_0, "")]
     assert capsys.readouterr().err == "ds_inpaint: grpo.yaml does not exist.\n"
 
 

@@ -148,8 +148,7 @@ def corrupt_one_image(photos: Path, out: Path) -> Path:
     """A dataset with a broken image that only rank 1 reads, in the second iteration."""
     folder = shutil.copytree(photos, out / "corrupt_photos")
     bad = second_of_iteration_1(folder / "train.jsonl")
-    image = bad.picture.image
-    image.write_bytes(image.read_bytes()[:200])
+    bad.image.write_bytes(bad.image.read_bytes()[:200])
     return folder / "train.jsonl"
 
 

@@ -32,13 +32,13 @@ def first_rollout_kept(file: Path) -> Iterator[None]:
     """Within this context the first rollout that is trained on is written to ``file``."""
     plain = Rollout.collect
 
-    def spy(self: Rollout, generated: Generated, rewards: RewardClient) -> Rollouts:
-        rollouts = plain(self, generated, rewards)
-        if generated.prepared.group_size > 1 and not file.exists():  # in evaluations it is 1
+    def spy(self: Rollout, rewards: RewardClient, *generated: Generated) -> Rollouts:
+        rollouts = plain(self, rewards, *generated)
+        if generated[0].prepared.group_size > 1 and not file.exists():  # in evaluations it is 1
             kept = {
                 "samples": torch.tensor([sample for chunk in rollouts.chunks for sample in chunk.samples]),
-                "latents": torch.cat([chunk.next_nKCHW for chunk in rollouts.chunks]),
-                "log_probs": torch.cat([chunk.log_probs_nK for chunk in rollouts.chunks]),
+                "latents": torch.cat([chunk.trajectory.next_nKCHW for chunk in rollouts.chunks]),
+                "log_probs": torch.cat([chunk.trajectory.log_probs_nK for chunk in rollouts.chunks]),
                 "pictures": torch.cat([chunk.raw_nCHW for chunk in rollouts.chunks]),
                 "rewards": rollouts.scores.values["seam"],
             }

@@ -37,6 +37,7 @@ class Prepared:
                 Triple(
                     row["id"],
                     row["prompt"],
+                    Path(row["image"]),
                     PreparedPicture(_cell(row, path.parent), prompts),
                     tuple(row["pixels"]),
                     f"{path}:{number}",

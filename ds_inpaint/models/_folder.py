@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
@@ -89,6 +89,22 @@ def find(path: str, revision: str | None, layout: FolderLayout) -> Path:
     if problem := _incomplete(folder, layout):
         raise InputError(f"model.path: {problem}")
     return folder
+
+
+def pipeline_class(path: str) -> str:
+    """The diffusers class that a folder or a hub model was saved as.
+
+    Raises:
+        InputError: it cannot be found or read.
+    """
+    try:
+        file = Path(path, MODEL_INDEX) if Path(path).is_dir() else Path(hf_hub_download(path, MODEL_INDEX))
+        return str(json.loads(file.read_text())["_class_name"])
+    except (OSError, HFValidationError, ValueError, KeyError) as error:
+        raise InputError(
+            f"--model: {path} has no {MODEL_INDEX} that can be read, as diffusers saves it (looked in {Path.cwd()}, "
+            f"then on the hub): {error}"
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -60,6 +60,8 @@ PATCH = 2
 class Flux:
     """Recipe section ``model: {name: flux}``."""
 
+    pipelines: ClassVar[tuple[str, ...]] = ("FluxFillPipeline",)
+    """Classes of diffusers that such a model may be saved as."""
     process: ClassVar[type] = RectifiedFlow
     leaf_blocks: ClassVar[tuple[str, ...]] = (
         "diffusers.models.transformers.transformer_flux.FluxTransformerBlock",

@@ -44,6 +44,8 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 class SD:
     """Recipe section ``model: {name: sd}``."""
 
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionInpaintPipeline",)
+    """Classes of diffusers that such a model may be saved as."""
     process: ClassVar[type] = DiscreteDiffusion
     leaf_blocks: ClassVar[tuple[str, ...]] = (
         "diffusers.models.resnet.ResnetBlock2D",

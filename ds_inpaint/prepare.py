@@ -1,0 +1,341 @@
+"""Prepare a dataset: pictures cut to size, latents and text encoded once, every row that cannot be used listed.
+
+    python -m ds_inpaint.prepare --data photos/train.jsonl --model models/FLUX.1-Fill-dev --out prepared
+    python -m ds_inpaint.prepare --data pictures/ --out prepared --recipe recipes/grpo_flux.yaml split.heldout=0.05
+    deepspeed --num_gpus 8 -m ds_inpaint.prepare ...           # the same dataset, by eight GPUs
+
+DATA is a JSONL of {image, mask, prompt}, a folder of pictures, or a benchmark; layout.name says which where that cannot
+be seen. A recipe then trains on it with data.train=prepared/train.jsonl, and needs no text encoder. The same command
+goes on where it was interrupted.
+
+Exit codes: 0 done, 6 done but rows were rejected, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ds_inpaint import schema
+from ds_inpaint.cache import (
+    FORMAT,
+    HOLE,
+    IMAGE,
+    KNOWN,
+    LATENTS,
+    MANIFEST,
+    PROMPTS,
+    is_prepared,
+    json_lines,
+    write_shard,
+    write_text,
+)
+from ds_inpaint.commands import (
+    Inference,
+    leaving,
+    load_policy,
+    model_flags,
+    parser,
+    read_settings,
+    run_command,
+)
+from ds_inpaint.data import READERS
+from ds_inpaint.distributed import Ranks
+from ds_inpaint.errors import InputError, RowsRejected
+from ds_inpaint.framing import Framing
+from ds_inpaint.images import write_grid
+from ds_inpaint.keys import door, key
+from ds_inpaint.pixels import grey_holes
+from ds_inpaint.rows import find_layout, scan
+from ds_inpaint.scan import Found, Problem
+from ds_inpaint.tracking import progress_bar
+from ds_inpaint.values import Batch, Picture, Policy, Triple
+from ds_inpaint.zero_config import setup
+
+PLAN = "plan.json"
+PREVIEWS = 12
+"""Pictures in ``previews.png``."""
+PROBLEMS_TOLD = 10
+"""How many rejected rows a message repeats; the file has all."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Section ``split``: pictures that are kept out of training, by a hash of their names, all their rows together."""
+
+    heldout: float = key(0.0, "Part of the pictures for heldout.jsonl, for evaluation while training.", at_least=0)
+    gold: float = key(0.0, "Part of the pictures for gold.jsonl, to be looked at once, at the end.", at_least=0)
+    seed: int = key(0, "Another seed chooses other pictures.", at_least=0)
+    rows_per_shard: int = key(64, "Rows, and prompts, in one file; what a kill can lose.", at_least=1)
+
+    def of(self, image: str) -> str:
+        """The split of a picture."""
+        digest = hashlib.blake2b(repr((self.seed, "split", image)).encode(), digest_size=8).digest()
+        place = int.from_bytes(digest, "big") / 2**64
+        if place < self.gold:
+            return "gold"
+        return "heldout" if place < self.gold + self.heldout else "train"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The settings of the command."""
+
+    model: Any = door("ds_inpaint.models", "Model family; --model sees it in a folder.")
+    data: Framing = key(Framing, "Sizes of the pictures.")
+    layout: Any = door("ds_inpaint.datasets", "What lies at --data; left out, it is looked at.", optional=True)
+    split: Split = key(Split, "What is kept out of training.")
+    engine: Inference = key(Inference, "How the encoders compute.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    command = parser("ds_inpaint.prepare", __doc__, Preparation)
+    command.add_argument("--data", type=Path, required=True, help="JSONL, folder of pictures, or benchmark")
+    command.add_argument("--model", help="folder in diffusers' layout, or name on the hub")
+    command.add_argument("--out", type=Path, required=True, help="folder of the prepared dataset")
+    options = command.parse_intermixed_args(arguments)
+
+    def body() -> None:
+        layout = None if any(each.startswith("layout") for each in options.settings) else find_layout(options.data)
+        flags = {**model_flags(options.model, options), "layout.name": layout}
+        settings = read_settings(Preparation, options, flags)
+        ranks = setup(settings.engine.section)
+        leaving(ranks, lambda: prepare(settings, options.data, options.out, ranks))
+
+    return run_command(body)
+
+
+def prepare(settings: Preparation, data: Path, out: Path, ranks: Ranks) -> None:
+    """Prepare a dataset, or finish one that was begun; all ranks share the work.
+
+    Raises:
+        InputError: the data cannot be read at all, or ``out`` holds something else.
+        RowsRejected: everything is done, but not all rows could be used.
+    """
+    with ranks.together():
+        if is_prepared(data):
+            raise InputError(f"--data: {data} is prepared already; give what it was prepared from.")
+        found = scan(data, settings.layout, settings.data)
+        _check_sizes(settings)
+    policy = load_policy(settings.model, settings.engine, ranks, denoiser=False)
+    with ranks.together():
+        plan = _plan(settings, data, found, policy)
+        if ranks.is_main:
+            _open(out, plan)
+    ranks.barrier()
+    prompts = list(dict.fromkeys(["", *(triple.prompt for triple in found.triples)]))
+    work = [
+        *_shards("prompts", prompts, settings.split.rows_per_shard),
+        *_shards("rows", found.triples, settings.split.rows_per_shard),
+    ]
+    mine = work[ranks.rank :: ranks.world_size]
+    with progress_bar(sum(len(items) for _, items in mine), "prepare", "row", shown=ranks.is_main) as bar:
+        for name, items in mine:
+            if not _finished(out, name):
+                encode = _encode_prompts if name.startswith("prompts") else _encode_rows
+                encode(policy, items, out, name)
+            bar.update(len(items))
+    ranks.barrier()
+    rejected = []
+    with ranks.together():
+        if ranks.is_main:
+            rejected = _finish(settings, found, plan, out, [name for name, _ in work])
+    if rejected := ranks.broadcast(rejected):
+        raise RowsRejected(_told(rejected, len(found.triples) + len(found.problems), out))
+
+
+def _check_sizes(settings: Preparation) -> None:
+    for pixels in settings.data.shapes:
+        if problem := settings.model.problem() or settings.model.size_problem(*pixels):
+            raise InputError(problem)
+
+
+def _plan(settings: Preparation, data: Path, found: Found, policy: Policy) -> dict[str, Any]:
+    """What decides the content of every shard; equal for any number of ranks."""
+    rows = hashlib.sha256()
+    for triple in found.triples:
+        rows.update(repr((triple.id, triple.prompt, str(triple.image), triple.pixels, triple.source)).encode())
+    return {
+        "format": FORMAT,
+        "data": str(data),
+        "layout": schema.plain(settings)["layout"],
+        "framing": settings.data.settings,
+        "split": asdict(settings.split),
+        "encoders": policy.encoders(),
+        "found": rows.hexdigest(),
+    }
+
+
+def _open(out: Path, plan: dict[str, Any]) -> None:
+    """Make the folder, or see that the one found there was begun with the same plan."""
+    file = out / PLAN
+    if not file.exists():
+        if out.exists() and any(out.iterdir()):
+            raise InputError(f"--out: {out} is not empty and was not made by prepare; give a new folder.")
+        for part in ("prompts", "rows"):
+            (out / part).mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(plan, indent=1) + "\n")
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    differing = [name for name in plan if before.get(name) != plan[name]]
+    if differing:
+        told = "; ".join(f"{name}: {before.get(name)} there, {plan[name]} now" for name in differing)
+        raise InputError(f"--out: {out} holds a dataset prepared in another way ({told}). Give another folder.")
+
+
+def _shards(kind: str, items: Sequence[Any], size: int) -> list[tuple[str, Sequence[Any]]]:
+    """Consecutive items with the names of their shards, which hang on nothing but the order."""
+    return [
+        (f"{kind}/{number:05d}", items[start : start + size]) for number, start in enumerate(range(0, len(items), size))
+    ]
+
+
+def _finished(out: Path, name: str) -> bool:
+    """Whether a shard and the list of what is in it are there; the list comes last."""
+    listing = out / f"{name}.json"
+    if not listing.exists():
+        return False
+    shard = json.loads(listing.read_text(encoding="utf-8"))["shard"]
+    file = out / shard["file"]
+    return file.exists() and file.stat().st_size == shard["bytes"]
+
+
+def _encode_prompts(policy: Policy, prompts: Sequence[str], out: Path, name: str) -> None:
+    encoded = [policy.encode_prompts([prompt]).tensors for prompt in prompts]
+    tensors = {str(row): {key: each[0].cpu() for key, each in one.items()} for row, one in enumerate(encoded)}
+    shard, digests = write_shard(out, f"{name}.safetensors", tensors)
+    rows = [
+        {"prompt": prompt, "shard": shard.file, "row": str(row), "digest": digests[str(row)]}
+        for row, prompt in enumerate(prompts)
+    ]
+    write_text(out / f"{name}.json", json.dumps({"shard": asdict(shard), "rows": rows, "rejected": []}))
+
+
+def _encode_rows(policy: Policy, triples: Sequence[Triple], out: Path, name: str) -> None:
+    tensors: dict[str, dict[str, Tensor]] = {}
+    kept: dict[str, Triple] = {}
+    rejected: list[Problem] = []
+    for row, (triple, picture) in enumerate(_read(triples)):
+        if isinstance(picture, InputError):
+            rejected.append(Problem(triple.source, "unusable picture", str(picture).removeprefix(f"{triple.source}: ")))
+        else:
+            kept[str(row)] = triple
+            tensors[str(row)] = _encode(policy, triple, picture)
+    shard, digests = write_shard(out, f"{name}.safetensors", tensors)
+    rows = [
+        {
+            "id": triple.id,
+            "prompt": triple.prompt,
+            "image": str(triple.image),
+            "from": triple.source,
+            "pixels": triple.pixels,
+            "shard": shard.file,
+            "row": row,
+            "digest": digests[row],
+        }
+        for row, triple in kept.items()
+    ]
+    listing = {"shard": asdict(shard), "rows": rows, "rejected": [asdict(problem) for problem in rejected]}
+    write_text(out / f"{name}.json", json.dumps(listing))
+
+
+def _read(triples: Sequence[Triple]) -> Iterator[tuple[Triple, Picture | InputError]]:
+    """The pictures in order, decoded ahead of the encoders by several threads."""
+
+    def read(triple: Triple) -> Picture | InputError:
+        try:
+            return triple.picture.read(triple)
+        except InputError as error:  # it is listed, and the others go on
+            return error
+
+    with ThreadPoolExecutor(READERS) as pool:
+        yield from zip(triples, pool.map(read, triples), strict=True)
+
+
+def _encode(policy: Policy, triple: Triple, picture: Picture) -> dict[str, Tensor]:
+    """What is stored of a row; encoded alone, as training without a cache does it."""
+    batch = Batch((triple.id,), (triple.prompt,), picture.image_3HW[None], picture.hole_1HW[None])
+    known = policy.encode_known(batch).tensors
+    return {
+        IMAGE: picture.image_3HW,
+        HOLE: picture.hole_1HW,
+        LATENTS: policy.encode_images(batch.images_BCHW)[0].cpu(),
+        **{f"{KNOWN}{name}": each[0].cpu() for name, each in known.items()},
+    }
+
+
+def _finish(
+    settings: Preparation, found: Found, plan: dict[str, Any], out: Path, names: Sequence[str]
+) -> list[Problem]:
+    """Write the indices, the pictures to look at, and last the manifest; returns the rejected rows."""
+    listings = [json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+    rows = [row for listing in listings for row in listing["rows"]]
+    prompts = [row for row in rows if "id" not in row]
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": [], "gold": []}
+    for row in rows:
+        if "id" in row:
+            splits[settings.split.of(row["image"])].append(row)
+    rejected = [*found.problems, *(Problem(**each) for listing in listings for each in listing["rejected"])]
+    splits = {split: members for split, members in splits.items() if members}
+    for split, members in splits.items():
+        write_text(out / f"{split}.jsonl", json_lines(members))
+    write_text(out / PROMPTS, json_lines(prompts))
+    write_text(out / "rejected.jsonl", json_lines([_as_row(problem) for problem in rejected]))
+    kept = {row["id"] for members in splits.values() for row in members}
+    _draw_previews(out / "previews.png", [triple for triple in found.triples if triple.id in kept])
+    manifest = {
+        **plan,
+        "rows": {split: len(members) for split, members in splits.items()},
+        "rejected": len(rejected),
+        "shards": [listing["shard"] for listing in listings],
+    }
+    write_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    counts = [f"{len(members)} rows in {out / split}.jsonl" for split, members in splits.items()]
+    print("\n".join(counts) or f"{out}: no row could be used", flush=True)
+    return rejected
+
+
+def _as_row(problem: Problem) -> dict[str, Any]:
+    file, _, line = problem.source.rpartition(":")
+    numbered = bool(file) and line.isdigit()
+    return {
+        "file": file if numbered else problem.source,
+        "line": int(line) if numbered else None,
+        "kind": problem.kind,
+        "reason": problem.reason,
+    }
+
+
+def _draw_previews(path: Path, triples: Sequence[Triple]) -> None:
+    """A few of the pictures as they are used, spread evenly: with their holes greyed, and whole."""
+    if not triples:
+        return
+    shown = triples[:: max(1, len(triples) // PREVIEWS)][:PREVIEWS]
+    pictures = [triple.picture.read(triple) for triple in shown]
+    masked = [grey_holes(picture.image_3HW, picture.hole_1HW) for picture in pictures]
+    write_grid(path, [("to fill", masked), ("original", [picture.image_3HW for picture in pictures])])
+
+
+def _told(rejected: Sequence[Problem], count: int, out: Path) -> str:
+    kinds = ", ".join(
+        f"{number} {kind}" for kind, number in Counter(problem.kind for problem in rejected).most_common()
+    )
+    first = "\n".join(f"  {problem}" for problem in rejected[:PROBLEMS_TOLD])
+    return (
+        f"{len(rejected)} of {count} rows were rejected ({kinds}); the others are prepared. {out / 'rejected.jsonl'} "
+        f"lists them all{', the first' if len(rejected) > PROBLEMS_TOLD else ''}:\n{first}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
