@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_inpaint.errors import InputError
+from ds_inpaint.outputs import write_whole
 from ds_inpaint.values import Condition, Encoded, Picture, Triple
 
 MANIFEST, PROMPTS = "manifest.json", "prompts.jsonl"
@@ -108,40 +108,11 @@ def write_shard(folder: Path, name: str, rows: Mapping[str, Mapping[str, Tensor]
         the manifest's entry, and by row the digest of its tensors.
     """
     file = folder / name
-    beside = file.with_suffix(".tmp")
-    save_file(
-        {f"{row}/{key}": each.contiguous() for row, tensors in rows.items() for key, each in tensors.items()}, beside
-    )
-    with beside.open("rb+") as written:
+    flat = {f"{row}/{key}": each.contiguous() for row, tensors in rows.items() for key, each in tensors.items()}
+    write_whole(file, lambda beside: save_file(flat, beside))
+    with file.open("rb") as written:
         sha256 = hashlib.file_digest(written, "sha256").hexdigest()
-        os.fsync(written.fileno())
-    beside.rename(file)
     return Shard(name, len(rows), file.stat().st_size, sha256), {row: digest(tensors) for row, tensors in rows.items()}
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    beside = file.with_suffix(".tmp")
-    with beside.open("w", encoding="utf-8") as written:
-        written.write(text)
-        written.flush()
-        os.fsync(written.fileno())
-    beside.rename(file)
-
-
-def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of this dataset."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def json_lines(rows: list[dict[str, Any]]) -> str:
-    """Objects as text, one a line."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def as_json(shard: Shard) -> dict[str, Any]:
-    """An entry of the manifest."""
-    return asdict(shard)
 
 
 def is_prepared(index: Path) -> bool:

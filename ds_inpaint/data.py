@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +108,24 @@ def load(triples: Sequence[Triple]) -> Batch:
         InputError: see ``values.PictureSource``; of several the first in the order of the triples.
     """
     with ThreadPoolExecutor(READERS) as pool:
-        pictures = list(pool.map(lambda triple: triple.picture.read(triple), triples))
+        return batch_of(triples, list(pool.map(lambda triple: triple.picture.read(triple), triples)))
+
+
+def read_each(triples: Sequence[Triple]) -> Iterator[tuple[Triple, Picture | InputError]]:
+    """The pictures of triples in order, read ahead by several threads; in place of one, why it cannot be used."""
+
+    def read(triple: Triple) -> Picture | InputError:
+        try:
+            return triple.picture.read(triple)
+        except InputError as error:  # it is for the caller to list, and the others go on
+            return error
+
+    with ThreadPoolExecutor(READERS) as pool:
+        yield from zip(triples, pool.map(read, triples), strict=True)
+
+
+def batch_of(triples: Sequence[Triple], pictures: Sequence[Picture]) -> Batch:
+    """Triples and what was read of each as one batch; all are of one size."""
     encoded = [picture.encoded for picture in pictures if picture.encoded is not None]
     return Batch(
         tuple(triple.id for triple in triples),

@@ -17,8 +17,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,7 @@ from ds_inpaint.cache import (
     MANIFEST,
     PROMPTS,
     is_prepared,
-    json_lines,
     write_shard,
-    write_text,
 )
 from ds_inpaint.commands import (
     Inference,
@@ -48,12 +45,13 @@ from ds_inpaint.commands import (
     read_settings,
     run_command,
 )
-from ds_inpaint.data import READERS
+from ds_inpaint.data import read_each
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import InputError, RowsRejected
 from ds_inpaint.framing import Framing
 from ds_inpaint.images import write_grid
 from ds_inpaint.keys import door, key
+from ds_inpaint.outputs import as_row, json_lines, open_output, write_text
 from ds_inpaint.pixels import grey_holes
 from ds_inpaint.rows import find_layout, scan
 from ds_inpaint.scan import Found, Problem
@@ -61,7 +59,6 @@ from ds_inpaint.tracking import progress_bar
 from ds_inpaint.values import Batch, Picture, Policy, Triple
 from ds_inpaint.zero_config import setup
 
-PLAN = "plan.json"
 PREVIEWS = 12
 """Pictures in ``previews.png``."""
 PROBLEMS_TOLD = 10
@@ -131,7 +128,7 @@ def prepare(settings: Preparation, data: Path, out: Path, ranks: Ranks) -> None:
     with ranks.together():
         plan = _plan(settings, data, found, policy)
         if ranks.is_main:
-            _open(out, plan)
+            open_output(out, plan, ("prompts", "rows"))
     ranks.barrier()
     prompts = list(dict.fromkeys(["", *(triple.prompt for triple in found.triples)]))
     work = [
@@ -176,23 +173,6 @@ def _plan(settings: Preparation, data: Path, found: Found, policy: Policy) -> di
     }
 
 
-def _open(out: Path, plan: dict[str, Any]) -> None:
-    """Make the folder, or see that the one found there was begun with the same plan."""
-    file = out / PLAN
-    if not file.exists():
-        if out.exists() and any(out.iterdir()):
-            raise InputError(f"--out: {out} is not empty and was not made by prepare; give a new folder.")
-        for part in ("prompts", "rows"):
-            (out / part).mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(plan, indent=1) + "\n")
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    differing = [name for name in plan if before.get(name) != plan[name]]
-    if differing:
-        told = "; ".join(f"{name}: {before.get(name)} there, {plan[name]} now" for name in differing)
-        raise InputError(f"--out: {out} holds a dataset prepared in another way ({told}). Give another folder.")
-
-
 def _shards(kind: str, items: Sequence[Any], size: int) -> list[tuple[str, Sequence[Any]]]:
     """Consecutive items with the names of their shards, which hang on nothing but the order."""
     return [
@@ -225,7 +205,7 @@ def _encode_rows(policy: Policy, triples: Sequence[Triple], out: Path, name: str
     tensors: dict[str, dict[str, Tensor]] = {}
     kept: dict[str, Triple] = {}
     rejected: list[Problem] = []
-    for row, (triple, picture) in enumerate(_read(triples)):
+    for row, (triple, picture) in enumerate(read_each(triples)):
         if isinstance(picture, InputError):
             rejected.append(Problem(triple.source, "unusable picture", str(picture).removeprefix(f"{triple.source}: ")))
         else:
@@ -247,19 +227,6 @@ def _encode_rows(policy: Policy, triples: Sequence[Triple], out: Path, name: str
     ]
     listing = {"shard": asdict(shard), "rows": rows, "rejected": [asdict(problem) for problem in rejected]}
     write_text(out / f"{name}.json", json.dumps(listing))
-
-
-def _read(triples: Sequence[Triple]) -> Iterator[tuple[Triple, Picture | InputError]]:
-    """The pictures in order, decoded ahead of the encoders by several threads."""
-
-    def read(triple: Triple) -> Picture | InputError:
-        try:
-            return triple.picture.read(triple)
-        except InputError as error:  # it is listed, and the others go on
-            return error
-
-    with ThreadPoolExecutor(READERS) as pool:
-        yield from zip(triples, pool.map(read, triples), strict=True)
 
 
 def _encode(policy: Policy, triple: Triple, picture: Picture) -> dict[str, Tensor]:
@@ -290,7 +257,7 @@ def _finish(
     for split, members in splits.items():
         write_text(out / f"{split}.jsonl", json_lines(members))
     write_text(out / PROMPTS, json_lines(prompts))
-    write_text(out / "rejected.jsonl", json_lines([_as_row(problem) for problem in rejected]))
+    write_text(out / "rejected.jsonl", json_lines([as_row(problem) for problem in rejected]))
     kept = {row["id"] for members in splits.values() for row in members}
     _draw_previews(out / "previews.png", [triple for triple in found.triples if triple.id in kept])
     manifest = {
@@ -303,17 +270,6 @@ def _finish(
     counts = [f"{len(members)} rows in {out / split}.jsonl" for split, members in splits.items()]
     print("\n".join(counts) or f"{out}: no row could be used", flush=True)
     return rejected
-
-
-def _as_row(problem: Problem) -> dict[str, Any]:
-    file, _, line = problem.source.rpartition(":")
-    numbered = bool(file) and line.isdigit()
-    return {
-        "file": file if numbered else problem.source,
-        "line": int(line) if numbered else None,
-        "kind": problem.kind,
-        "reason": problem.reason,
-    }
 
 
 def _draw_previews(path: Path, triples: Sequence[Triple]) -> None:

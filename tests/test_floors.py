@@ -19,7 +19,7 @@ FLOORS = (
     "processes regions gaussian noise scores policy_gradient advantages preference ranks combiners",
     "images holes",
     "values denoising sampling samplers",
-    "data scan cache datasets rows",
+    "data scan outputs cache datasets rows",
     "rewards distributed adapters models embedded_server plots tracking",
     "reward_traffic reward_channel reward_failover reward_routes reward_wire reward_lane reward_client",
     "optimizer zero_config shards slots checkpoints sharded_load engine",

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ds_inpaint.cache import PROMPTS, Cell, PreparedPicture, is_prepared, read_json_lines, read_manifest
+from ds_inpaint.cache import PROMPTS, Cell, PreparedPicture, is_prepared, read_manifest
 from ds_inpaint.errors import InputError
 from ds_inpaint.framing import Framing
+from ds_inpaint.outputs import read_json_lines
 from ds_inpaint.scan import Found
 from ds_inpaint.values import Triple
 

@@ -1,0 +1,88 @@
+"""Folders that commands write: whole files or none, one plan per folder, names that are safe for files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ds_inpaint.errors import InputError
+from ds_inpaint.scan import Problem
+
+PLAN = "plan.json"
+LONGEST_NAME = 120
+"""Characters of a file's name, without its ending; most file systems allow 255 bytes."""
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file beside, and give it its name once it is whole and on the disk."""
+    beside = file.with_name(f"{file.name}.tmp")
+    write(beside)
+    with beside.open("rb+") as written:
+        os.fsync(written.fileno())
+    beside.rename(file)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    write_whole(file, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def json_lines(rows: Sequence[dict[str, Any]]) -> str:
+    """Objects as text, one a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file written so."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def open_output(out: Path, plan: dict[str, Any], parts: Sequence[str]) -> None:
+    """Make a folder with some folders in it, or see that the one found there was begun with the same plan.
+
+    Args:
+        out: the folder.
+        plan: plain values that decide everything that will lie in it.
+        parts: folders in it.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    file = out / PLAN
+    if not file.exists():
+        if out.exists() and any(out.iterdir()):
+            raise InputError(f"--out: {out} is not empty and is not the work of this command; give a new folder.")
+        for part in parts:
+            (out / part).mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(plan, indent=1) + "\n")
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    differing = [name for name in sorted({*before, *plan}) if before.get(name) != plan.get(name)]
+    if differing:
+        told = "; ".join(f"{name}: {before.get(name)} there, {plan.get(name)} now" for name in differing)
+        raise InputError(f"--out: {out} was begun in another way ({told}). Give another folder.")
+
+
+def safe_name(identity: str) -> str:
+    """A file name for an id: its own where that is possible, and never that of another id."""
+    name = quote(identity, safe=" ~=,+@")
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 17]}-{hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()}"
+
+
+def as_row(problem: Problem) -> dict[str, Any]:
+    """A rejected row as ``rejected.jsonl`` lists it."""
+    file, _, line = problem.source.rpartition(":")
+    numbered = bool(file) and line.isdigit()
+    return {
+        "file": file if numbered else problem.source,
+        "line": int(line) if numbered else None,
+        "kind": problem.kind,
+        "reason": problem.reason,
+    }
