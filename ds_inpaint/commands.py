@@ -8,42 +8,20 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-from torch import nn
+from typing import TypeVar
 
 from ds_inpaint import schema
 from ds_inpaint.distributed import Ranks
-from ds_inpaint.errors import DsInpaintError, InputError
-from ds_inpaint.keys import key
-from ds_inpaint.models._folder import pipeline_class
+from ds_inpaint.errors import DsInpaintError
 from ds_inpaint.recipe import Recipe
-from ds_inpaint.sharded_load import create
-from ds_inpaint.values import Placement, Policy
-from ds_inpaint.zero_config import EngineSection
 
 T = TypeVar("T")
 
 SECONDS_FOR_RANK_0 = 20.0
 """A launcher ends all ranks once one has left, so the others let rank 0 say first why it stops. Until it does
 so, rank 0 may have to wait for its reward server to end."""
-
-
-@dataclass(frozen=True)
-class Inference:
-    """Section ``engine`` of commands that do not train."""
-
-    precision: str = key("bf16", "Numbers that the model computes in.", choices=("fp32", "bf16"))
-    micro_batch: int = key(4, "Pictures per forward on each rank; a memory knob.", at_least=1)
-
-    @property
-    def section(self) -> EngineSection:
-        """The same for an engine that divides no weights."""
-        return EngineSection(zero_stage=2, precision=self.precision, micro_batch=self.micro_batch)
 
 
 def run_command(body: Callable[[], None]) -> int:
@@ -97,68 +75,19 @@ def parser(module: str, doc: str, settings: type) -> argparse.ArgumentParser:
     return parser
 
 
-def read_settings(cls: type[T], options: argparse.Namespace, flags: Mapping[str, str | None]) -> T:
-    """The settings of a command: those of its recipe, if any, then its flags, then what is typed after them.
+def read_settings(cls: type[T], recipe: Path | None, flags: Mapping[str, str | None], typed: Sequence[str]) -> T:
+    """The settings of a command: those of a recipe, if any, then its flags, then what is typed after them.
 
     Args:
         cls: class of the settings.
-        options: the parsed command line.
+        recipe: of a training run.
         flags: the key that each flag stands for, with its value; None if it was not given.
+        typed: ``section.key=value`` settings.
 
     Raises:
         InputError: something does not fit; or the recipe would not load for training either.
     """
-    if options.recipe is not None:
-        schema.load(options.recipe, [], Recipe)
+    if recipe is not None:
+        schema.load(recipe, [], Recipe)
     given = [f"{name}={value}" for name, value in flags.items() if value is not None]
-    return schema.load_settings(options.recipe, [*given, *options.settings], cls).value
-
-
-def family_of(path: str) -> str:
-    """The name of the model family that a diffusers folder or hub model belongs to.
-
-    Raises:
-        InputError: it cannot be read, or is of another family.
-    """
-    families: Mapping[str, Any] = schema.classes("ds_inpaint.models")
-    found = pipeline_class(path)
-    fitting = [name for name, family in families.items() if found in family.pipelines]
-    if not fitting:
-        known = ", ".join(pipeline for family in families.values() for pipeline in family.pipelines)
-        raise InputError(
-            f"--model: {path} is a {found}; known are {known}. If it is one of these nevertheless, say so with "
-            f"model.name={' or model.name='.join(families)}."
-        )
-    return fitting[0]
-
-
-def model_flags(model: str | None, options: argparse.Namespace) -> dict[str, str | None]:
-    """What ``--model`` stands for: the path, and the family unless a setting or the recipe names it."""
-    named = options.recipe is not None or any(setting.startswith("model.name=") for setting in options.settings)
-    family = None if model is None or named else family_of(model)
-    return {"model.name": family, "model.path": model}
-
-
-def load_policy(model: Any, inference: Inference, ranks: Ranks, *, denoiser: bool) -> Policy:
-    """A model for use without training, whole on every rank.
-
-    Args:
-        model: the recipe section.
-        inference: its precision.
-        ranks: whose device it goes to.
-        denoiser: whether its denoiser is needed, the largest part; without, only the encodings work.
-
-    Raises:
-        InputError: on all ranks together, if one of them cannot load it.
-    """
-
-    def unread(build: Callable[[], nn.Module], folder: Path) -> nn.Module:
-        with torch.device("meta"):
-            return build()
-
-    def whole(build: Callable[[], nn.Module], folder: Path) -> nn.Module:
-        return create(build, folder, inference.section, ranks).requires_grad_(False)
-
-    section = inference.section
-    with ranks.together():
-        return model.load(Placement(ranks.device, section.dtype, False, whole if denoiser else unread))
+    return schema.load_settings(recipe, [*given, *typed], cls).value

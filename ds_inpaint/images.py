@@ -81,7 +81,7 @@ def stencil_of(hole_HW: Tensor) -> Image.Image:
 def write_png(path: Path, image_CHW: Tensor) -> None:
     """Write a uint8 image [1 or 3, H, W] as PNG."""
     array = image_CHW.cpu().movedim(0, -1).squeeze(-1).numpy()
-    Image.fromarray(array).save(path)
+    Image.fromarray(array).save(path, "PNG")
 
 
 def read_png(path: Path) -> Tensor:
@@ -110,7 +110,7 @@ def write_grid(path: Path, columns: Sequence[tuple[str, Sequence[Tensor]]], tile
             picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
             spare = (size[0] - picture.width) // 2, (size[1] - picture.height) // 2
             page.paste(picture, (column * size[0] + spare[0], LABEL_HEIGHT + row * size[1] + spare[1]))
-    page.save(path)
+    page.save(path, "PNG")
 
 
 @contextmanager

@@ -19,7 +19,9 @@ def generator(*purpose: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def sample_noise(seed: int, purpose: str, iteration: int, samples: Iterable[int], shape: tuple[int, ...]) -> Tensor:
+def sample_noise(
+    seed: int, purpose: str, iteration: int, samples: Iterable[int | str], shape: tuple[int, ...]
+) -> Tensor:
     """Unit noise for each sample, float32 [n, *shape] on the CPU."""
     return torch.stack(
         [torch.randn(shape, generator=generator(seed, purpose, iteration, sample)) for sample in samples]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from urllib.parse import quote
 
 from ds_inpaint.errors import InputError
 from ds_inpaint.scan import Problem
+from ds_inpaint.values import Triple
 
 PLAN = "plan.json"
+PROBLEMS_TOLD = 10
+"""How many rejected rows a message repeats; the file has all."""
 LONGEST_NAME = 120
 """Characters of a file's name, without its ending; most file systems allow 255 bytes."""
 
@@ -74,6 +78,25 @@ def safe_name(identity: str) -> str:
     if len(name) <= LONGEST_NAME:
         return name
     return f"{name[: LONGEST_NAME - 17]}-{hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()}"
+
+
+def rows_digest(triples: Sequence[Triple]) -> str:
+    """A hash of what was found in a dataset, in its order; not of what is in the files."""
+    rows = hashlib.sha256()
+    for triple in triples:
+        rows.update(repr((triple.id, triple.prompt, str(triple.image), triple.pixels, triple.source)).encode())
+    return rows.hexdigest()
+
+
+def told(problems: Sequence[Problem], count: int, out: Path) -> str:
+    """What a command says at its end of rows that could not be used, ``count`` being all there were."""
+    counted = Counter(problem.kind for problem in problems).most_common()
+    kinds = ", ".join(f"{number} {kind}" for kind, number in counted)
+    first = "\n".join(f"  {problem}" for problem in problems[:PROBLEMS_TOLD])
+    return (
+        f"{len(problems)} of {count} rows were rejected ({kinds}); everything else is done. {out / 'rejected.jsonl'} "
+        f"lists them all{', the first' if len(problems) > PROBLEMS_TOLD else ''}:\n{first}"
+    )
 
 
 def as_row(problem: Problem) -> dict[str, Any]:

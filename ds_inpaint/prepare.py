@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,33 +35,24 @@ from ds_inpaint.cache import (
     is_prepared,
     write_shard,
 )
-from ds_inpaint.commands import (
-    Inference,
-    leaving,
-    load_policy,
-    model_flags,
-    parser,
-    read_settings,
-    run_command,
-)
+from ds_inpaint.commands import leaving, parser, read_settings, run_command
 from ds_inpaint.data import read_each
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import InputError, RowsRejected
 from ds_inpaint.framing import Framing
 from ds_inpaint.images import write_grid
 from ds_inpaint.keys import door, key
-from ds_inpaint.outputs import as_row, json_lines, open_output, write_text
+from ds_inpaint.outputs import as_row, json_lines, open_output, rows_digest, told, write_text
 from ds_inpaint.pixels import grey_holes
-from ds_inpaint.rows import find_layout, scan
-from ds_inpaint.scan import Found, Problem
+from ds_inpaint.policies import Inference, choose_model, layout_flags, load_policy
+from ds_inpaint.rows import scan
+from ds_inpaint.scan import Found, Problem, problem_of
 from ds_inpaint.tracking import progress_bar
 from ds_inpaint.values import Batch, Picture, Policy, Triple
 from ds_inpaint.zero_config import setup
 
 PREVIEWS = 12
 """Pictures in ``previews.png``."""
-PROBLEMS_TOLD = 10
-"""How many rejected rows a message repeats; the file has all."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parse_intermixed_args(arguments)
 
     def body() -> None:
-        layout = None if any(each.startswith("layout") for each in options.settings) else find_layout(options.data)
-        flags = {**model_flags(options.model, options), "layout.name": layout}
-        settings = read_settings(Preparation, options, flags)
+        chosen = choose_model(options.model, options.recipe, options.settings, options.out / "model")
+        flags = {**chosen.flags, **layout_flags(options.data, options.settings)}
+        settings = read_settings(Preparation, chosen.recipe, flags, options.settings)
         ranks = setup(settings.engine.section)
         leaving(ranks, lambda: prepare(settings, options.data, options.out, ranks))
 
@@ -148,7 +138,7 @@ def prepare(settings: Preparation, data: Path, out: Path, ranks: Ranks) -> None:
         if ranks.is_main:
             rejected = _finish(settings, found, plan, out, [name for name, _ in work])
     if rejected := ranks.broadcast(rejected):
-        raise RowsRejected(_told(rejected, len(found.triples) + len(found.problems), out))
+        raise RowsRejected(told(rejected, len(found.triples) + len(found.problems), out))
 
 
 def _check_sizes(settings: Preparation) -> None:
@@ -159,9 +149,6 @@ def _check_sizes(settings: Preparation) -> None:
 
 def _plan(settings: Preparation, data: Path, found: Found, policy: Policy) -> dict[str, Any]:
     """What decides the content of every shard; equal for any number of ranks."""
-    rows = hashlib.sha256()
-    for triple in found.triples:
-        rows.update(repr((triple.id, triple.prompt, str(triple.image), triple.pixels, triple.source)).encode())
     return {
         "format": FORMAT,
         "data": str(data),
@@ -169,7 +156,7 @@ def _plan(settings: Preparation, data: Path, found: Found, policy: Policy) -> di
         "framing": settings.data.settings,
         "split": asdict(settings.split),
         "encoders": policy.encoders(),
-        "found": rows.hexdigest(),
+        "found": rows_digest(found.triples),
     }
 
 
@@ -207,7 +194,7 @@ def _encode_rows(policy: Policy, triples: Sequence[Triple], out: Path, name: str
     rejected: list[Problem] = []
     for row, (triple, picture) in enumerate(read_each(triples)):
         if isinstance(picture, InputError):
-            rejected.append(Problem(triple.source, "unusable picture", str(picture).removeprefix(f"{triple.source}: ")))
+            rejected.append(problem_of(triple, picture))
         else:
             kept[str(row)] = triple
             tensors[str(row)] = _encode(policy, triple, picture)
@@ -280,17 +267,6 @@ def _draw_previews(path: Path, triples: Sequence[Triple]) -> None:
     pictures = [triple.picture.read(triple) for triple in shown]
     masked = [grey_holes(picture.image_3HW, picture.hole_1HW) for picture in pictures]
     write_grid(path, [("to fill", masked), ("original", [picture.image_3HW for picture in pictures])])
-
-
-def _told(rejected: Sequence[Problem], count: int, out: Path) -> str:
-    kinds = ", ".join(
-        f"{number} {kind}" for kind, number in Counter(problem.kind for problem in rejected).most_common()
-    )
-    first = "\n".join(f"  {problem}" for problem in rejected[:PROBLEMS_TOLD])
-    return (
-        f"{len(rejected)} of {count} rows were rejected ({kinds}); the others are prepared. {out / 'rejected.jsonl'} "
-        f"lists them all{', the first' if len(rejected) > PROBLEMS_TOLD else ''}:\n{first}"
-    )
 
 
 if __name__ == "__main__":

@@ -37,6 +37,11 @@ class Found:
     problems: tuple[Problem, ...]
 
 
+def problem_of(triple: Triple, error: InputError) -> Problem:
+    """The problem of a row whose picture cannot be read."""
+    return Problem(triple.source, "unusable picture", str(error).removeprefix(f"{triple.source}: "))
+
+
 class Layout(Protocol):
     """How the files of a dataset lie, as its section declares it; one class per file of ``datasets/``."""
 

@@ -212,6 +212,10 @@ class Policy(Protocol):
         """
         ...
 
+    def fingerprints(self) -> dict[str, str]:
+        """What its pictures hang on, by name: ``encoders`` and the denoiser's files that it was loaded from."""
+        ...
+
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Write a folder that stock diffusers loads, with these weights in the denoiser."""
         ...

@@ -25,9 +25,9 @@ FLOORS = (
     "optimizer zero_config shards slots checkpoints sharded_load engine",
     "rollout heldout results alarms algorithm",
     "algorithms",
-    "recipe run_folder commands",
+    "recipe run_folder policies commands",
     "meter trainer",
-    "photos run prepare launcher",
+    "photos run prepare sample launcher",
 )
 """Files and folders of ds_inpaint, bottom first. Each imports only what stands below it or left of it."""
 

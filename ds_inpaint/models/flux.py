@@ -39,7 +39,8 @@ from ds_inpaint.models._folder import (
 )
 from ds_inpaint.models._prompts import PromptCache
 from ds_inpaint.processes import RectifiedFlow
-from ds_inpaint.values import Batch, Condition, Denoiser, Placement
+from ds_inpaint.samplers.ode import ODE
+from ds_inpaint.values import Batch, Condition, Denoiser, Placement, Sampler
 
 LAYOUT = FolderLayout(
     "FLUX.1 Fill",
@@ -63,6 +64,8 @@ class Flux:
     pipelines: ClassVar[tuple[str, ...]] = ("FluxFillPipeline",)
     """Classes of diffusers that such a model may be saved as."""
     process: ClassVar[type] = RectifiedFlow
+    stock_sampler: ClassVar[Sampler] = ODE(50)
+    """How the stock pipeline draws."""
     leaf_blocks: ClassVar[tuple[str, ...]] = (
         "diffusers.models.transformers.transformer_flux.FluxTransformerBlock",
         "diffusers.models.transformers.transformer_flux.FluxSingleTransformerBlock",
@@ -295,6 +298,10 @@ class FluxPolicy:
         return settings | fingerprints(
             self.folder, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         )
+
+    def fingerprints(self) -> dict[str, str]:
+        """See ``values.Policy``."""
+        return self.encoders() | fingerprints(self.folder, ("transformer",))
 
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Write a folder that stock diffusers loads as FluxFillPipeline."""

@@ -34,7 +34,8 @@ from ds_inpaint.models._folder import (
 )
 from ds_inpaint.models._prompts import PromptCache
 from ds_inpaint.processes import DiscreteDiffusion
-from ds_inpaint.values import Batch, Condition, Denoiser, Placement
+from ds_inpaint.samplers.ddim import DDIM
+from ds_inpaint.values import Batch, Condition, Denoiser, Placement, Sampler
 
 LAYOUT = FolderLayout("Stable Diffusion inpainting", ("unet", "vae", "text_encoder"), ("tokenizer", "scheduler"))
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -47,6 +48,8 @@ class SD:
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionInpaintPipeline",)
     """Classes of diffusers that such a model may be saved as."""
     process: ClassVar[type] = DiscreteDiffusion
+    stock_sampler: ClassVar[Sampler] = DDIM(50, eta=0.0)
+    """How the stock pipeline draws."""
     leaf_blocks: ClassVar[tuple[str, ...]] = (
         "diffusers.models.resnet.ResnetBlock2D",
         "diffusers.models.attention.BasicTransformerBlock",
@@ -219,6 +222,10 @@ class SDPolicy:
         return {"family": "sd", "precision": str(self.codec.vae.dtype)} | fingerprints(
             self.folder, ("vae", "text_encoder", "tokenizer")
         )
+
+    def fingerprints(self) -> dict[str, str]:
+        """See ``values.Policy``."""
+        return self.encoders() | fingerprints(self.folder, ("unet",))
 
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Write a folder that stock diffusers loads as StableDiffusionInpaintPipeline."""
