@@ -16,6 +16,8 @@ from ds_inpaint.scan import Problem
 from ds_inpaint.values import Triple
 
 PLAN = "plan.json"
+SAMPLES = "samples.jsonl"
+"""Index of what ``sample`` drew; written last."""
 PROBLEMS_TOLD = 10
 """How many rejected rows a message repeats; the file has all."""
 LONGEST_NAME = 120

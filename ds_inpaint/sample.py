@@ -38,7 +38,17 @@ from ds_inpaint.gaussian import Schedule
 from ds_inpaint.images import read_png, write_grid, write_png
 from ds_inpaint.keys import Impossible, door, key
 from ds_inpaint.noise import sample_noise
-from ds_inpaint.outputs import as_row, json_lines, open_output, rows_digest, safe_name, told, write_text, write_whole
+from ds_inpaint.outputs import (
+    SAMPLES,
+    as_row,
+    json_lines,
+    open_output,
+    rows_digest,
+    safe_name,
+    told,
+    write_text,
+    write_whole,
+)
 from ds_inpaint.pixels import grey_holes, paste_known, to_bytes
 from ds_inpaint.policies import Inference, choose_model, layout_flags, load_policy
 from ds_inpaint.recipe import Recipe
@@ -49,7 +59,6 @@ from ds_inpaint.tracking import progress_bar
 from ds_inpaint.values import Picture, Policy, Triple
 from ds_inpaint.zero_config import setup
 
-INDEX = "samples.jsonl"
 ROWS_PER_GRID = 8
 
 
@@ -236,7 +245,7 @@ def _finish(jobs: Sequence[Job], problems: Sequence[Problem], out: Path) -> None
         }
         for job in jobs
     ]
-    write_text(out / INDEX, json_lines(rows))
+    write_text(out / SAMPLES, json_lines(rows))
     write_text(out / "rejected.jsonl", json_lines([as_row(problem) for problem in problems]))
     _draw_grids(jobs, out)
     print(f"{len(rows)} pictures in {out / 'pasted'}, to look at in {out / 'grids'}", flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -14,7 +13,6 @@ from ds_inpaint.alarms import holdout_alarms
 from ds_inpaint.cache import check_encoders
 from ds_inpaint.data import rows_of_iteration
 from ds_inpaint.distributed import Ranks
-from ds_inpaint.embedded_server import EmbeddedServer
 from ds_inpaint.engine import Engine
 from ds_inpaint.errors import InputError, RewardsUnavailable
 from ds_inpaint.framing import Pixels
@@ -23,7 +21,7 @@ from ds_inpaint.meter import Meter, over_updates
 from ds_inpaint.recipe import Recipe
 from ds_inpaint.results import draw_results
 from ds_inpaint.reward_client import RewardClient
-from ds_inpaint.rewards import EMBEDDED, Rewards
+from ds_inpaint.reward_connection import connect
 from ds_inpaint.rollout import Rollout
 from ds_inpaint.rows import read_rows
 from ds_inpaint.schema import plain
@@ -46,7 +44,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         )
     folder = recipe.run.dir
     with ExitStack() as stack:
-        rewards = stack.enter_context(_connect(recipe.rewards, folder, ranks, stack))
+        rewards = stack.enter_context(connect(recipe.rewards, folder / "reward_server.log", ranks, stack))
         policy, engine = _build(recipe, ranks)
         stack.callback(engine.close)
         run = TrainingRun(recipe, folder, ranks, rewards, policy, engine, train_rows, heldout_rows)
@@ -62,22 +60,6 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         ) as tracker:
             run.go(progress, tracker)
         run.finish()
-
-
-def _connect(recipe: Rewards, folder: Path, ranks: Ranks, stack: ExitStack) -> RewardClient:
-    """A client of the recipe's servers; ``embedded`` starts one server per machine."""
-    if recipe.servers != EMBEDDED:
-        addresses = list(recipe.servers)
-    else:
-        own = None
-        with ranks.together():
-            if ranks.local_rank == 0:
-                server = EmbeddedServer(recipe.names, folder / "reward_server.log")
-                own = stack.enter_context(server).address
-        started = {host: address for host, address in ranks.gather((socket.gethostname(), own)) if address}
-        addresses = [started[socket.gethostname()]]
-    with ranks.together():
-        return RewardClient.connect(recipe, addresses)
 
 
 def _build(recipe: Recipe, ranks: Ranks) -> tuple[Policy, Engine]:
