@@ -188,7 +188,10 @@ class Rollout:
         def chunk_of(numbers: tuple[int, ...]) -> Chunk:
             noise = self._noise(numbers, purpose, iteration, prepared.group_size if same_start else 1)
             chunk = self._generate(prepared, numbers, noise, record, focus)
-            pending.append(rewards.submit(**_request(chunk, prepared)))
+            rows_n = prepared.rows_n(numbers)
+            names = [f"{prepared.batch.ids[row]}#{number}" for row, number in zip(rows_n.tolist(), numbers, strict=True)]
+            request = score_request(prepared.batch, rows_n, chunk.raw_nCHW, chunk.pasted_nCHW, names)
+            pending.append(rewards.submit(**request))
             return chunk
 
         parts = [[chunk_of(numbers) for numbers in part] for part in plan]
@@ -251,16 +254,24 @@ class Rollout:
         return Chunk(numbers, given, focused, walked, raw, paste_known(raw, images, holes))
 
 
-def _request(chunk: Chunk, prepared: Prepared) -> dict[str, Any]:
-    """What the scorers are sent: channels last, uint8; mask 255 = filled."""
-    batch, rows_n = prepared.batch, prepared.rows_n(chunk.samples)
+def score_request(
+    batch: Batch, rows_n: Tensor, raw_nCHW: Tensor, pasted_nCHW: Tensor, sample_ids: Sequence[str]
+) -> dict[str, Any]:
+    """What ``RewardClient.submit`` is given: channels last, uint8; mask 255 = filled.
+
+    Args:
+        batch: the triples.
+        rows_n: the triple of each picture, int64 [n].
+        raw_nCHW, pasted_nCHW: the pictures as decoded and with the known pixels put back, uint8.
+        sample_ids: names of the pictures, for messages.
+    """
     rows = rows_n.tolist()
     return {
-        "raw_NHWC": chunk.raw_nCHW.movedim(1, -1),
-        "pasted_NHWC": chunk.pasted_nCHW.movedim(1, -1),
+        "raw_NHWC": raw_nCHW.movedim(1, -1),
+        "pasted_NHWC": pasted_nCHW.movedim(1, -1),
         "masks_NHW": batch.holes_B1HW[rows_n, 0].to(torch.uint8) * 255,
         "references_NHWC": batch.images_BCHW[rows_n].movedim(1, -1),
         "prompts": [batch.prompts[row] for row in rows],
-        "sample_ids": [f"{batch.ids[row]}#{number}" for row, number in zip(rows, chunk.samples, strict=True)],
+        "sample_ids": sample_ids,
         "group_ids": [batch.ids[row] for row in rows],
     }

@@ -1,0 +1,195 @@
+"""Compare models by the pictures that they filled: scores, fidelity, diversity, and what gained or lost most.
+
+    python -m ds_inpaint.evaluate --results samples/base samples/grpo --data BrushBench/ --out report
+    python -m ds_inpaint.evaluate --model models/FLUX.1-Fill-dev runs/grpo_flux --data rows.jsonl --out report
+
+RESULTS are folders that ds_inpaint.sample wrote, or folders of pictures of any other tool, named after the rows; a MODEL
+is sampled first, into OUT/samples. The first of all is the baseline: the others are compared with it picture by picture.
+Scorers are asked through the reward service, as in training (rewards.scorers, rewards.servers).
+
+OUT/index.html shows the pictures that gained and lost most; table.md, results.json and results.csv hold the figures.
+
+Exit codes: 0 done, 6 done but rows were rejected, 2 bad input, 3 rewards unavailable.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_inpaint import sample, schema
+from ds_inpaint.commands import leaving, parser, read_settings, run_command
+from ds_inpaint.comparison import Comparison, Item, Metric, Sample, Statistic
+from ds_inpaint.distributed import Ranks
+from ds_inpaint.errors import InputError, RowsRejected
+from ds_inpaint.framing import Framing, Pixels
+from ds_inpaint.images import write_png
+from ds_inpaint.keys import door, key
+from ds_inpaint.masks import SIZE_CLASSES, size_class
+from ds_inpaint.measure import BRUSHNET, DIVERSITY, FIDELITY, Measured, measure
+from ds_inpaint.outputs import safe_name, told
+from ds_inpaint.pictures import Results, names_of, read_results
+from ds_inpaint.pixels import grey_holes
+from ds_inpaint.policies import layout_flags
+from ds_inpaint.report import pictured, write_report
+from ds_inpaint.reward_connection import connect
+from ds_inpaint.rewards import Rewards
+from ds_inpaint.rows import scan
+from ds_inpaint.statistics import compare, estimate
+from ds_inpaint.tracking import progress_bar
+from ds_inpaint.values import Triple
+from ds_inpaint.zero_config import EngineSection, setup
+
+PIXEL_SCORERS = "{seam: 1.0, ring_texture: 0.2, known_fidelity: 0.0}"
+"""Asked when neither a recipe nor a setting names others: they need no weights."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Section ``measure``."""
+
+    main: str = key("reward", "The metric by which pictures are sorted; `reward` is the weighted sum of the scorers.")
+    batch: int = key(8, "Pictures of a model that are measured and scored at once on each rank.", at_least=1)
+    brushnet: bool = key(False, "Also PSNR and MSE as BrushNet's evaluation computes them, to stand beside its tables.")
+    seed: int = key(0, "Of the bootstrap.", at_least=0)
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """The settings of the command."""
+
+    rewards: Rewards = key(Rewards, "Scorers, and where they run.")
+    data: Framing = key(Framing, "Sizes of the pictures, as they were filled.")
+    layout: Any = door("ds_inpaint.datasets", "What lies at --data; left out, it is looked at.", optional=True)
+    measure: Measure = key(Measure, "What is measured.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    command = parser("ds_inpaint.evaluate", __doc__, Evaluating)
+    command.add_argument("--results", type=Path, nargs="+", default=[], help="folders of filled pictures")
+    command.add_argument("--data", type=Path, required=True, help="JSONL, folder of pictures, or benchmark")
+    command.add_argument("--out", type=Path, required=True, help="folder of the report")
+    options = command.parse_args(arguments)
+
+    def body() -> None:
+        flags: dict[str, str | None] = dict(layout_flags(options.data, options.settings))
+        if options.recipe is None and not any(each.startswith("rewards.scorers") for each in options.settings):
+            flags["rewards.scorers"] = PIXEL_SCORERS
+        settings = read_settings(Evaluating, options.recipe, flags, options.settings)
+        ranks = setup(EngineSection())
+        leaving(ranks, lambda: evaluate(settings, options.results, options.data, options.out, ranks))
+
+    return run_command(body)
+
+
+def evaluate(settings: Evaluating, folders: Sequence[Path], data: Path, out: Path, ranks: Ranks) -> None:
+    """Measure the pictures in some folders and write the report; all ranks share the work.
+
+    Raises:
+        InputError: data or results cannot be read.
+        RewardsUnavailable: on all ranks together.
+        RowsRejected: the report is written, but not all rows could be used.
+    """
+    with ranks.together():
+        found = scan(data, settings.layout, settings.data)
+        names = names_of(folders)
+        results = [
+            read_results(folder, name, found.triples, settings.data)
+            for folder, name in zip(folders, names, strict=True)
+        ]
+        out.mkdir(parents=True, exist_ok=True)
+    seeds = sorted(set().union(*(each.seeds for each in results)))
+    wanted = {identity for each in results for identity, _ in each.filled}
+    triples = [triple for triple in found.triples if triple.id in wanted]
+    with ExitStack() as stack:
+        client = connect(settings.rewards, out / "reward_server.log", ranks, stack)
+        batches = _batches(triples, max(1, settings.measure.batch // len(seeds)))
+        mine = batches[ranks.rank :: ranks.world_size]
+        measured = Measured()
+        with (
+            ranks.together(),
+            progress_bar(sum(map(len, mine)), "evaluate", "row", shown=ranks.is_main) as bar,
+        ):
+            for batch in mine:
+                measured.add(measure(batch, results, seeds, client, settings.measure.brushnet))
+                bar.update(len(batch))
+    everything = Measured()
+    for part in ranks.gather(measured):
+        everything.add(part)
+    problems = [*found.problems, *everything.problems]
+    with ranks.together():
+        if ranks.is_main:
+            _report(settings, data, results, seeds, triples, everything, out)
+    if problems:
+        raise RowsRejected(told(problems, len(found.triples) + len(found.problems), out))
+
+
+def _batches(triples: Sequence[Triple], size: int) -> list[list[Triple]]:
+    shelves: dict[Pixels, list[Triple]] = {}
+    for triple in triples:
+        shelves.setdefault(triple.pixels, []).append(triple)
+    return [shelf[start : start + size] for shelf in shelves.values() for start in range(0, len(shelf), size)]
+
+
+def _report(
+    settings: Evaluating,
+    data: Path,
+    results: Sequence[Results],
+    seeds: Sequence[int],
+    triples: Sequence[Triple],
+    measured: Measured,
+    out: Path,
+) -> None:
+    """Statistics of everything, and the report."""
+    models = [each.name for each in results]
+    metrics = _metrics(settings, len(seeds))
+    kept = [triple for triple in triples if triple.id in measured.areas]
+    table = {
+        model: {metric.name: _values_NS(model, metric.name, kept, seeds, measured) for metric in metrics}
+        for model in models
+    }
+    sizes = [size_class(measured.areas[triple.id]) for triple in kept]
+    rows = {"all": torch.arange(len(kept)), **_rows_of_each(sizes)}
+    seed, baseline = settings.measure.seed, table[models[0]]
+    comparison = Comparison(
+        title=" and ".join(models),
+        settings={
+            **schema.plain(settings),
+            "data": {"path": str(data), **settings.data.settings},
+            "seeds": list(seeds),
+            "models": {each.name: each.plan for each in results},
+        },
+        models=models,
+        metrics=metrics,
+        main=settings.measure.main,
+        summary={
+            model: {
+                name: {size: estimate(values_NS[rows_n], seed) for size, rows_n in rows.items()}
+                for name, values_NS in columns.items()
+            }
+            for model, columns in table.items()
+        },
+        gains={
+            model: {
+                name: {size: compare(values_NS[rows_n], baseline[name][rows_n], seed) for size, rows_n in rows.items()}
+                for name, values_NS in table[model].items()
+            }
+            for model in models[1:]
+        },
+        items=[_item(number, triple, sizes[number], table, measured) for number, triple in enumerate(kept)],
+        samples=[Sample(*name, values) for name, values in sorted(measured.values.items())],
+        failures=measured.failures,
+    )
+    _copy_pictures(comparison, kept, results, out)
+    write_report(out, comparison)
+    print((out / "table.md").read_text(encoding="utf-8"), flush=True)
+    print(f"the page with pictures: {out / 'index.html'}", flush=True)
