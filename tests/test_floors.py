@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "errors keys",
     "yaml_tree key_types schema",
-    "processes regions gaussian pixels noise scores policy_gradient advantages preference ranks combiners",
+    "processes regions gaussian pixels noise scores policy_gradient advantages preference ranks combiners "
+    "fidelity brushnet_protocol statistics",
     "values denoising samplers",
     "rewards images data distributed adapters models embedded_server plots tracking",
     "reward_traffic reward_channel reward_failover reward_routes reward_wire reward_lane reward_client",
