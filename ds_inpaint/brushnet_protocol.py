@@ -1,7 +1,7 @@
 """BrushNet's published evaluation (examples/brushnet/evaluate_brushnet.py), for figures that stand beside its tables.
 
 It differs from the plain measures in what it divides by and in how it pastes. Two of its habits are not repeated: it
-resizes to 512 x 512 pixels, and reads its own results back from JPEG files, which lowers every PSNR.
+resizes to 512 x 512 pixels, and reads its own results back from JPEG files, which costs PSNR.
 """
 
 from __future__ import annotations

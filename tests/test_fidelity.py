@@ -203,6 +203,17 @@ def test_the_published_error_is_three_times_the_plain_one(images, originals, hol
     assert brushnet_psnr_N(brushnet_mse_N(images, originals, torch.ones_like(holes))).isnan().all()
 
 
+def test_a_published_error_below_the_least_counts_as_none():
+    """So does one level of one channel of one pixel, in a picture of 512 x 512."""
+    originals = torch.zeros(2, 3, 512, 512, dtype=torch.uint8)
+    images = originals.clone()
+    images[0, 0, 0, 0] = 1
+    images[1, :, 0, 0] = 1
+    errors = brushnet_mse_N(images, originals, torch.zeros(2, 1, 512, 512, dtype=torch.bool))
+    assert errors.tolist() == pytest.approx([1 / (255 * 512) ** 2, 3 / (255 * 512) ** 2])
+    assert brushnet_psnr_N(errors).tolist() == pytest.approx([1000, 20 * math.log10(255 * 512) - 10 * math.log10(3)])
+
+
 def published_blend(fill, original, hole, whole_hole):
     """As BrushNet pastes, with scipy in the place of OpenCV; its ``mirror`` is OpenCV's default border."""
     mask = hole[0].numpy().astype(np.float64)
