@@ -20,7 +20,7 @@ def latent_holes(holes_N1HW: Tensor, height: int, width: int, dilation: int) -> 
 
 
 def mean_N(values_NCHW: Tensor, weights_N1HW: Tensor | None) -> Tensor:
-    """Mean of each sample's values [N], weighted (at least 0, not all 0) or, for None, everywhere alike."""
+    """Mean of each sample's values [N], weighted (at least 0; NaN if all 0) or, for None, everywhere alike."""
     if weights_N1HW is None:
         return values_NCHW.flatten(1).mean(1)
     total_N = weights_N1HW.flatten(1).sum(1) * values_NCHW.shape[1]
