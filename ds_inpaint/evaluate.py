@@ -129,7 +129,7 @@ def evaluate(settings: Evaluating, folders: Sequence[Path], data: Path, out: Pat
     with ranks.together():
         if ranks.is_main:
             _report(settings, data, results, seeds, triples, everything, out)
-    if problems:
+    if problems and ranks.is_main:
         raise RowsRejected(told(problems, len(found.triples) + len(found.problems), out))
 
 

@@ -1,4 +1,4 @@
-"""Everything that is measured of filled pictures: what the scorers say, how true they are to the original, how varied."""
+"""Everything that is measured of filled pictures: what scorers say, how true they are to the original, how varied."""
 
 from __future__ import annotations
 
@@ -177,7 +177,9 @@ def _take_scores(pictures: _Pictures, batch: Batch, client: RewardClient, asked:
 def _reason(name: tuple[str, str, int], scorer: str, messages: Sequence[str]) -> str:
     """What the server said of a sample that it could not score."""
     start = f"{_sample_id(*name)}: {scorer}: "
-    return next((message.removeprefix(start) for message in messages if message.startswith(start)), "no score was given")
+    return next(
+        (message.removeprefix(start) for message in messages if message.startswith(start)), "no score was given"
+    )
 
 
 def _names(pictures: _Pictures, batch: Batch) -> list[tuple[str, str, int]]:

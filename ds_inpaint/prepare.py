@@ -133,11 +133,11 @@ def prepare(settings: Preparation, data: Path, out: Path, ranks: Ranks) -> None:
                 encode(policy, items, out, name)
             bar.update(len(items))
     ranks.barrier()
-    rejected = []
+    rejected: list[Problem] = []
     with ranks.together():
         if ranks.is_main:
             rejected = _finish(settings, found, plan, out, [name for name, _ in work])
-    if rejected := ranks.broadcast(rejected):
+    if rejected:  # on rank 0; a launcher exits with the code of the rank that has one
         raise RowsRejected(told(rejected, len(found.triples) + len(found.problems), out))
 
 

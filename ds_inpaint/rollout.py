@@ -189,7 +189,9 @@ class Rollout:
             noise = self._noise(numbers, purpose, iteration, prepared.group_size if same_start else 1)
             chunk = self._generate(prepared, numbers, noise, record, focus)
             rows_n = prepared.rows_n(numbers)
-            names = [f"{prepared.batch.ids[row]}#{number}" for row, number in zip(rows_n.tolist(), numbers, strict=True)]
+            names = [
+                f"{prepared.batch.ids[row]}#{number}" for row, number in zip(rows_n.tolist(), numbers, strict=True)
+            ]
             request = score_request(prepared.batch, rows_n, chunk.raw_nCHW, chunk.pasted_nCHW, names)
             pending.append(rewards.submit(**request))
             return chunk

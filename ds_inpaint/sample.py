@@ -171,7 +171,7 @@ def sample(settings: Sampling, data: Path, out: Path, ranks: Ranks) -> None:
     with ranks.together():
         if ranks.is_main:
             _finish([job for jobs in batches for job in jobs if job.triple.source not in unusable], problems, out)
-    if problems:
+    if problems and ranks.is_main:  # a launcher exits with the code of the rank that has one
         raise RowsRejected(told(problems, len(triples) + len(found.problems), out))
 
 
