@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,11 @@ class Cell:
     digest: str
     """Of their names, types, shapes and bytes."""
 
-    def read(self) -> dict[str, Tensor]:
+    def read(self, source: str) -> dict[str, Tensor]:
         """The tensors by name.
+
+        Args:
+            source: the row of an index that wants them, for messages.
 
         Raises:
             InputError: the shard is missing, damaged, or holds other numbers than were prepared.
@@ -52,9 +55,11 @@ class Cell:
                 names = [name for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118  it is no dict
                 tensors = {name.removeprefix(prefix): stored.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{self.shard} cannot be read ({error}). {cure}") from error
+            raise InputError(f"{source}: {self.shard} cannot be read ({error}). {cure}") from error
         if digest(tensors) != self.digest:
-            raise InputError(f"{self.shard}: row {self.row} is not what was prepared (its digest differs). {cure}")
+            raise InputError(
+                f"{source}: row {self.row} of {self.shard} is not what was prepared (its digest differs). {cure}"
+            )
         return tensors
 
 
@@ -76,7 +81,7 @@ class PreparedPicture:
             raise InputError(
                 f"{triple.source}: the prompt {triple.prompt!r} was not prepared. Prepare the dataset with it."
             )
-        stored, text = self.cell.read(), self.prompts[triple.prompt].read()
+        stored, text = self.cell.read(triple.source), self.prompts[triple.prompt].read(triple.source)
         known = {name.removeprefix(KNOWN): each for name, each in stored.items() if name.startswith(KNOWN)}
         condition = Condition({name: tensor[None] for name, tensor in {**text, **known}.items()})
         return Picture(stored[IMAGE], stored[HOLE], Encoded(condition, stored[LATENTS][None]))
@@ -135,13 +140,20 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def json_lines(rows: list[dict[str, Any]]) -> str:
-    """Objects as text, one a line."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Objects as text, one a line; in ASCII, as Unicode has more ends of lines, and file names need not be Unicode."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def as_json(shard: Shard) -> dict[str, Any]:
-    """An entry of the manifest."""
-    return asdict(shard)
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The entries, also nested ones, that differ between what made a dataset and what is at hand; for messages."""
+    told = []
+    for name in sorted({*there, *here}):
+        old, new = there.get(name), here.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            told += differences(old, new)
+        elif old != new:
+            told.append(f"{name} {old} there, {new} here")
+    return told
 
 
 def is_prepared(index: Path) -> bool:
@@ -179,12 +191,7 @@ def check_encoders(index: Path, encoders_at_hand: Callable[[], Mapping[str, str]
     """
     if not is_prepared(index):
         return
-    made_by, encoders = read_manifest(index.parent)["encoders"], encoders_at_hand()
-    differing = [
-        f"{name} {made_by.get(name)} there, {encoders.get(name)} here"
-        for name in sorted({*made_by, *encoders})
-        if made_by.get(name) != encoders.get(name)
-    ]
+    differing = differences(read_manifest(index.parent)["encoders"], encoders_at_hand())
     if differing:
         raise InputError(
             f"{index.parent} was prepared with another model or other settings: {'; '.join(differing)}. Prepare the "

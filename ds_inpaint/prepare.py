@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from ds_inpaint.cache import (
     LATENTS,
     MANIFEST,
     PROMPTS,
+    differences,
     is_prepared,
     json_lines,
     write_shard,
@@ -50,10 +52,10 @@ from ds_inpaint.commands import (
 )
 from ds_inpaint.data import READERS
 from ds_inpaint.distributed import Ranks
-from ds_inpaint.errors import InputError, RowsRejected
+from ds_inpaint.errors import InputError, RowsRejected, UnusablePicture
 from ds_inpaint.framing import Framing
 from ds_inpaint.images import write_grid
-from ds_inpaint.keys import door, key
+from ds_inpaint.keys import Impossible, door, key
 from ds_inpaint.pixels import grey_holes
 from ds_inpaint.rows import find_layout, scan
 from ds_inpaint.scan import Found, Problem
@@ -77,9 +79,15 @@ class Split:
     seed: int = key(0, "Another seed chooses other pictures.", at_least=0)
     rows_per_shard: int = key(64, "Rows, and prompts, in one file; what a kill can lose.", at_least=1)
 
-    def of(self, image: str) -> str:
-        """The split of a picture."""
-        digest = hashlib.blake2b(repr((self.seed, "split", image)).encode(), digest_size=8).digest()
+    def __post_init__(self) -> None:
+        if self.heldout + self.gold >= 1:
+            raise Impossible(
+                "heldout", f"with gold it leaves nothing to train on; found {self.heldout} and {self.gold}, parts of 1."
+            )
+
+    def of(self, name: str) -> str:
+        """The split of a picture, by its path inside the dataset."""
+        digest = hashlib.blake2b(repr((self.seed, "split", name)).encode(), digest_size=8).digest()
         place = int.from_bytes(digest, "big") / 2**64
         if place < self.gold:
             return "gold"
@@ -106,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parse_intermixed_args(arguments)
 
     def body() -> None:
-        layout = None if any(each.startswith("layout") for each in options.settings) else find_layout(options.data)
+        named = any(each.startswith(("layout=", "layout.name=")) for each in options.settings)
+        layout = None if named else find_layout(options.data)
         flags = {**model_flags(options.model, options), "layout.name": layout}
         settings = read_settings(Preparation, options, flags)
         ranks = setup(settings.engine.section)
@@ -149,7 +158,7 @@ def prepare(settings: Preparation, data: Path, out: Path, ranks: Ranks) -> None:
     rejected = []
     with ranks.together():
         if ranks.is_main:
-            rejected = _finish(settings, found, plan, out, [name for name, _ in work])
+            rejected = _finish(settings, data, found, plan, out, [name for name, _ in work])
     if rejected := ranks.broadcast(rejected):
         raise RowsRejected(_told(rejected, len(found.triples) + len(found.problems), out))
 
@@ -164,7 +173,7 @@ def _plan(settings: Preparation, data: Path, found: Found, policy: Policy) -> di
     """What decides the content of every shard; equal for any number of ranks."""
     rows = hashlib.sha256()
     for triple in found.triples:
-        rows.update(repr((triple.id, triple.prompt, str(triple.image), triple.pixels, triple.source)).encode())
+        rows.update(repr(triple).encode())
     return {
         "format": FORMAT,
         "data": str(data),
@@ -172,25 +181,27 @@ def _plan(settings: Preparation, data: Path, found: Found, policy: Policy) -> di
         "framing": settings.data.settings,
         "split": asdict(settings.split),
         "encoders": policy.encoders(),
-        "found": rows.hexdigest(),
+        "rows_sha256": rows.hexdigest(),
     }
 
 
 def _open(out: Path, plan: dict[str, Any]) -> None:
     """Make the folder, or see that the one found there was begun with the same plan."""
     file = out / PLAN
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: {out} is a file; give a new folder.")
     if not file.exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and not {each.name for each in out.iterdir()} <= {"prompts", "rows", "plan.tmp"}:
             raise InputError(f"--out: {out} is not empty and was not made by prepare; give a new folder.")
         for part in ("prompts", "rows"):
             (out / part).mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(plan, indent=1) + "\n")
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    differing = [name for name in plan if before.get(name) != plan[name]]
+    differing = differences(json.loads(file.read_text(encoding="utf-8")), plan)
     if differing:
-        told = "; ".join(f"{name}: {before.get(name)} there, {plan[name]} now" for name in differing)
-        raise InputError(f"--out: {out} holds a dataset prepared in another way ({told}). Give another folder.")
+        raise InputError(
+            f"--out: {out} holds a dataset prepared in another way ({'; '.join(differing)}). Give another folder."
+        )
 
 
 def _shards(kind: str, items: Sequence[Any], size: int) -> list[tuple[str, Sequence[Any]]]:
@@ -226,8 +237,8 @@ def _encode_rows(policy: Policy, triples: Sequence[Triple], out: Path, name: str
     kept: dict[str, Triple] = {}
     rejected: list[Problem] = []
     for row, (triple, picture) in enumerate(_read(triples)):
-        if isinstance(picture, InputError):
-            rejected.append(Problem(triple.source, "unusable picture", str(picture).removeprefix(f"{triple.source}: ")))
+        if isinstance(picture, UnusablePicture):
+            rejected.append(Problem(triple.source, picture.kind, str(picture).removeprefix(f"{triple.source}: ")))
         else:
             kept[str(row)] = triple
             tensors[str(row)] = _encode(policy, triple, picture)
@@ -249,13 +260,13 @@ def _encode_rows(policy: Policy, triples: Sequence[Triple], out: Path, name: str
     write_text(out / f"{name}.json", json.dumps(listing))
 
 
-def _read(triples: Sequence[Triple]) -> Iterator[tuple[Triple, Picture | InputError]]:
+def _read(triples: Sequence[Triple]) -> Iterator[tuple[Triple, Picture | UnusablePicture]]:
     """The pictures in order, decoded ahead of the encoders by several threads."""
 
-    def read(triple: Triple) -> Picture | InputError:
+    def read(triple: Triple) -> Picture | UnusablePicture:
         try:
             return triple.picture.read(triple)
-        except InputError as error:  # it is listed, and the others go on
+        except UnusablePicture as error:  # it is listed, and the others go on
             return error
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -275,16 +286,17 @@ def _encode(policy: Policy, triple: Triple, picture: Picture) -> dict[str, Tenso
 
 
 def _finish(
-    settings: Preparation, found: Found, plan: dict[str, Any], out: Path, names: Sequence[str]
+    settings: Preparation, data: Path, found: Found, plan: dict[str, Any], out: Path, names: Sequence[str]
 ) -> list[Problem]:
     """Write the indices, the pictures to look at, and last the manifest; returns the rejected rows."""
     listings = [json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in names]
     rows = [row for listing in listings for row in listing["rows"]]
     prompts = [row for row in rows if "id" not in row]
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": [], "gold": []}
+    folder = data if data.is_dir() else data.parent
     for row in rows:
         if "id" in row:
-            splits[settings.split.of(row["image"])].append(row)
+            splits[settings.split.of(os.path.relpath(row["image"], folder))].append(row)
     rejected = [*found.problems, *(Problem(**each) for listing in listings for each in listing["rejected"])]
     splits = {split: members for split, members in splits.items() if members}
     for split, members in splits.items():

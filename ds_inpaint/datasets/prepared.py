@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ds_inpaint.cache import PROMPTS, Cell, PreparedPicture, is_prepared, read_json_lines, read_manifest
+from ds_inpaint.cache import PROMPTS, Cell, PreparedPicture, differences, is_prepared, read_json_lines, read_manifest
 from ds_inpaint.errors import InputError
 from ds_inpaint.framing import Framing
 from ds_inpaint.scan import Found
@@ -57,8 +57,7 @@ def _cell(row: dict[str, Any], folder: Path) -> Cell:
 
 
 def _check_framing(path: Path, there: dict[str, Any], framing: Framing) -> None:
-    here = framing.settings
-    differing = [f"{name} {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]]
+    differing = differences(there, framing.settings)
     if differing:
         raise InputError(
             f"{path} was prepared for pictures of another kind: {', '.join(differing)}. Give the same under data, or "
