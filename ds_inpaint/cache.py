@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_inpaint.errors import InputError
-from ds_inpaint.outputs import write_whole
+from ds_inpaint.outputs import differences, write_whole
 from ds_inpaint.values import Condition, Encoded, Picture, Triple
 
 MANIFEST, PROMPTS = "manifest.json", "prompts.jsonl"
@@ -39,8 +39,11 @@ class Cell:
     digest: str
     """Of their names, types, shapes and bytes."""
 
-    def read(self) -> dict[str, Tensor]:
+    def read(self, source: str) -> dict[str, Tensor]:
         """The tensors by name.
+
+        Args:
+            source: the row of an index that wants them, for messages.
 
         Raises:
             InputError: the shard is missing, damaged, or holds other numbers than were prepared.
@@ -52,9 +55,11 @@ class Cell:
                 names = [name for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118  it is no dict
                 tensors = {name.removeprefix(prefix): stored.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{self.shard} cannot be read ({error}). {cure}") from error
+            raise InputError(f"{source}: {self.shard} cannot be read ({error}). {cure}") from error
         if digest(tensors) != self.digest:
-            raise InputError(f"{self.shard}: row {self.row} is not what was prepared (its digest differs). {cure}")
+            raise InputError(
+                f"{source}: row {self.row} of {self.shard} is not what was prepared (its digest differs). {cure}"
+            )
         return tensors
 
 
@@ -63,7 +68,7 @@ class PreparedPicture:
     """A picture in a shard, with what the model made of it."""
 
     cell: Cell
-    prompts: Mapping[str, Cell]
+    prompts: Mapping[str, Cell] = field(repr=False)
     """Encodings of all prompts of the dataset, and of the empty one."""
 
     def read(self, triple: Triple) -> Picture:
@@ -76,7 +81,7 @@ class PreparedPicture:
             raise InputError(
                 f"{triple.source}: the prompt {triple.prompt!r} was not prepared. Prepare the dataset with it."
             )
-        stored, text = self.cell.read(), self.prompts[triple.prompt].read()
+        stored, text = self.cell.read(triple.source), self.prompts[triple.prompt].read(triple.source)
         known = {name.removeprefix(KNOWN): each for name, each in stored.items() if name.startswith(KNOWN)}
         condition = Condition({name: tensor[None] for name, tensor in {**text, **known}.items()})
         return Picture(stored[IMAGE], stored[HOLE], Encoded(condition, stored[LATENTS][None]))
@@ -150,12 +155,7 @@ def check_encoders(index: Path, encoders_at_hand: Callable[[], Mapping[str, str]
     """
     if not is_prepared(index):
         return
-    made_by, encoders = read_manifest(index.parent)["encoders"], encoders_at_hand()
-    differing = [
-        f"{name} {made_by.get(name)} there, {encoders.get(name)} here"
-        for name in sorted({*made_by, *encoders})
-        if made_by.get(name) != encoders.get(name)
-    ]
+    differing = differences(read_manifest(index.parent)["encoders"], encoders_at_hand())
     if differing:
         raise InputError(
             f"{index.parent} was prepared with another model or other settings: {'; '.join(differing)}. Prepare the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from ds_inpaint.errors import InputError
+from ds_inpaint.errors import UnusablePicture
 from ds_inpaint.framing import Fit, Frame, Framing, Pixels
 from ds_inpaint.holes import HoleSource
-from ds_inpaint.images import frame_image, open_image
+from ds_inpaint.images import MOST_PIXELS, frame_image, open_image
 from ds_inpaint.keys import REQUIRED, key
 from ds_inpaint.noise import generator
 from ds_inpaint.pixels import HOLE_THRESHOLD
@@ -51,12 +52,19 @@ class PictureFiles:
         """See ``values.PictureSource``."""
         picture = open_image(triple.image, "RGB", triple.source)
         frame = Frame((picture.height, picture.width), triple.pixels, self.fit)
+        if math.prod(frame.scaled) > MOST_PIXELS:
+            raise UnusablePicture(
+                f"{triple.source}: {triple.image} is {picture.width}x{picture.height} pixels, too narrow to be scaled "
+                f"and cut to {triple.pixels[1]}x{triple.pixels[0]}. Crop it, or pad it with data.fit=pad.",
+                "too narrow",
+            )
         hole_1HW = self.hole.read(frame, triple.source)
         if not hole_1HW.any() or hole_1HW.all():
-            raise InputError(
+            raise UnusablePicture(
                 f"{triple.source}: {self.hole} leaves {'everything' if hole_1HW.all() else 'nothing'} to fill in the "
                 f"picture as it is used ({triple.pixels[1]}x{triple.pixels[0]} pixels, data.fit {self.fit}); white "
-                f"(above {HOLE_THRESHOLD}) must mark a part of it."
+                f"(above {HOLE_THRESHOLD}) must mark a part of it.",
+                "full mask" if hole_1HW.all() else "empty mask",
             )
         return Picture(frame_image(picture, frame), hole_1HW)
 
@@ -111,13 +119,13 @@ def load(triples: Sequence[Triple]) -> Batch:
         return batch_of(triples, list(pool.map(lambda triple: triple.picture.read(triple), triples)))
 
 
-def read_each(triples: Sequence[Triple]) -> Iterator[tuple[Triple, Picture | InputError]]:
+def read_each(triples: Sequence[Triple]) -> Iterator[tuple[Triple, Picture | UnusablePicture]]:
     """The pictures of triples in order, read ahead by several threads; in place of one, why it cannot be used."""
 
-    def read(triple: Triple) -> Picture | InputError:
+    def read(triple: Triple) -> Picture | UnusablePicture:
         try:
             return triple.picture.read(triple)
-        except InputError as error:  # it is for the caller to list, and the others go on
+        except UnusablePicture as error:  # it is for the caller to list, and the others go on
             return error
 
     with ThreadPoolExecutor(READERS) as pool:

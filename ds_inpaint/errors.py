@@ -18,6 +18,19 @@ class InputError(DsInpaintError):
     exit_code = 2
 
 
+class UnusablePicture(InputError):
+    """A picture, or its hole, that cannot be used.
+
+    Args:
+        message: the sentence.
+        kind: a word or two that such problems share, for lists and counts of them.
+    """
+
+    def __init__(self, message: str, kind: str = "unusable picture") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 class RewardsUnavailable(DsInpaintError):
     """No usable scores within the retry budget, or too many invalid ones."""
 

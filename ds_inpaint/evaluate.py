@@ -14,8 +14,6 @@ Exit codes: 0 done, 6 done but rows were rejected, 2 bad input, 3 rewards unavai
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,23 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ds_inpaint import sample, schema
+from ds_inpaint import schema
 from ds_inpaint.commands import leaving, parser, read_settings, run_command
-from ds_inpaint.comparison import Comparison, Item, Metric, Sample, Statistic
+from ds_inpaint.comparison import Comparison, Sample
 from ds_inpaint.distributed import Ranks
-from ds_inpaint.errors import InputError, RowsRejected
+from ds_inpaint.errors import RowsRejected
 from ds_inpaint.framing import Framing, Pixels
-from ds_inpaint.images import write_png
 from ds_inpaint.keys import door, key
-from ds_inpaint.masks import SIZE_CLASSES, size_class
-from ds_inpaint.measure import BRUSHNET, DIVERSITY, FIDELITY, Measured, measure
-from ds_inpaint.outputs import safe_name, told
+from ds_inpaint.masks import size_class
+from ds_inpaint.measure import Measured, measure
+from ds_inpaint.outputs import told
 from ds_inpaint.pictures import Results, names_of, read_results
-from ds_inpaint.pixels import grey_holes
 from ds_inpaint.policies import layout_flags
-from ds_inpaint.report import pictured, write_report
+from ds_inpaint.report import write_report
 from ds_inpaint.reward_connection import connect
 from ds_inpaint.rewards import Rewards
 from ds_inpaint.rows import scan

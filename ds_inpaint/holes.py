@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from ds_inpaint.errors import InputError
+from ds_inpaint.errors import UnusablePicture
 from ds_inpaint.framing import Frame, Pixels
 from ds_inpaint.images import frame_hole, open_image, stencil_of, whole
 
@@ -25,7 +25,7 @@ class HoleSource(Protocol):
             source: where it is named, for messages.
 
         Raises:
-            InputError: it cannot be had, or does not fit the picture.
+            UnusablePicture: it cannot be had, or does not fit the picture.
         """
         ...
 
@@ -88,7 +88,7 @@ class RunLengths:
         """The mask as it was written, bool [H, W].
 
         Raises:
-            InputError: a run is incomplete or leaves the picture.
+            UnusablePicture: a run is incomplete or leaves the picture.
         """
         height, width = self.size
         starts, lengths = torch.tensor(self.runs[::2]) - self.first, torch.tensor(self.runs[1::2])
@@ -96,9 +96,10 @@ class RunLengths:
             (starts >= 0).all() and (lengths >= 0).all() and (starts + lengths <= height * width).all()
         )
         if not bounded:
-            raise InputError(
+            raise UnusablePicture(
                 f"{source}: the run lengths are not pairs of a start, counted from {self.first}, and a length inside "
-                f"{width}x{height} pixels. Check the file, or tell how it counts."
+                f"{width}x{height} pixels. Check the file, or tell how it counts.",
+                "bad run lengths",
             )
         # +1 where a run starts and -1 behind it: the running sum is positive inside.
         edges = torch.zeros(height * width + 1, dtype=torch.int32)
@@ -111,6 +112,7 @@ class RunLengths:
 def _check_size(found: Pixels, frame: Frame, what: str, source: str) -> None:
     if found != frame.found:
         (height, width), (rows, columns) = frame.found, found
-        raise InputError(
-            f"{source}: the image is {width}x{height} pixels but {what} is {columns}x{rows}; make both the same size."
+        raise UnusablePicture(
+            f"{source}: the image is {width}x{height} pixels but {what} is {columns}x{rows}; make both the same size.",
+            "wrong-size mask",
         )

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 
-from ds_inpaint.errors import InputError
+from ds_inpaint.errors import UnusablePicture
 from ds_inpaint.framing import Frame, Pixels
 from ds_inpaint.pixels import HOLE_THRESHOLD
 
@@ -20,7 +20,17 @@ MOST_PIXELS = 85_000_000
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 """Of the files that are taken for pictures in a folder, in any case of their letters."""
 ORIENTATION = 0x0112
-"""EXIF tag; from 5 on the picture lies on its side in the file."""
+"""EXIF tag: how a picture lies in its file."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By the value of that tag, what puts the picture upright, as in Pillow's exif_transpose; else it lies so already."""
 
 
 def image_size(path: Path, source: str) -> Pixels:
@@ -31,10 +41,10 @@ def image_size(path: Path, source: str) -> Pixels:
         source: where it is named, for messages, such as ``rows.jsonl:12``.
 
     Raises:
-        InputError: the file is missing or no image.
+        UnusablePicture: the file is missing or no image.
     """
     with _opened(path, source) as image:
-        lies = image.getexif().get(ORIENTATION, 1) >= 5
+        lies = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
         return (image.width, image.height) if lies else (image.height, image.width)
 
 
@@ -43,10 +53,14 @@ def open_image(path: Path, mode: str, source: str) -> Image.Image:
     with _opened(path, source) as image:
         height, width = image.height, image.width
         if height * width > MOST_PIXELS:
-            raise InputError(
-                f"{source}: {path} has {width}x{height} pixels; at most {MOST_PIXELS:,} in all are read. Scale it down."
+            raise UnusablePicture(
+                f"{source}: {path} has {width}x{height} pixels; at most {MOST_PIXELS:,} in all are read. Scale it "
+                f"down.",
+                "huge image",
             )
-        return ImageOps.exif_transpose(image).convert(mode)
+        # Not by Pillow's exif_transpose: it writes the EXIF data anew, and fails if any of them are odd.
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        return (image if turn is None else image.transpose(turn)).convert(mode)
 
 
 def whole(image: Image.Image) -> Tensor:
@@ -119,13 +133,17 @@ def _opened(path: Path, source: str) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except FileNotFoundError:
-        raise InputError(f"{source}: {path} does not exist.") from None
+        raise UnusablePicture(f"{source}: {path} does not exist.", "missing file") from None
     except Image.DecompressionBombError:
-        raise InputError(
-            f"{source}: {path} has more than twice the {MOST_PIXELS:,} pixels that are read. Scale it down."
+        raise UnusablePicture(
+            f"{source}: {path} has more than twice the {MOST_PIXELS:,} pixels that are read. Scale it down.",
+            "huge image",
         ) from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # all of them mean damaged data
-        raise InputError(f"{source}: {path} cannot be read as an image ({error}).") from error
+    except UnidentifiedImageError as error:
+        raise UnusablePicture(f"{source}: {path} cannot be read as an image ({error}).", "not an image") from error
+    # Decoders raise any of these for damaged data; RuntimeError is that of AVIF.
+    except (OSError, SyntaxError, ValueError, RuntimeError) as error:
+        raise UnusablePicture(f"{source}: {path} cannot be read as an image ({error}).", "damaged image") from error
 
 
 def _scaled(image: Image.Image, frame: Frame, resampling: Image.Resampling) -> Image.Image:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_inpaint.brushnet_protocol import brushnet_mse_N, brushnet_psnr_N
 from ds_inpaint.comparison import Failure, Metric
 from ds_inpaint.data import batch_of, read_each
-from ds_inpaint.errors import InputError
+from ds_inpaint.errors import InputError, UnusablePicture
 from ds_inpaint.fidelity import diversity_N, fidelity, mse_N, psnr_N, ssim_map, ssim_N
 from ds_inpaint.pictures import Results
 from ds_inpaint.reward_client import Pending, RewardClient
@@ -92,7 +92,7 @@ def measure(
     measured = Measured()
     read = list(read_each(triples))
     usable = [(triple, picture) for triple, picture in read if isinstance(picture, Picture)]
-    measured.problems += [problem_of(triple, error) for triple, error in read if isinstance(error, InputError)]
+    measured.problems += [problem_of(triple, error) for triple, error in read if isinstance(error, UnusablePicture)]
     if not usable:
         return measured
     items, pictures = zip(*usable, strict=True)

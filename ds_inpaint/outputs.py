@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -39,8 +39,8 @@ def write_text(file: Path, text: str) -> None:
 
 
 def json_lines(rows: Sequence[dict[str, Any]]) -> str:
-    """Objects as text, one a line."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Objects as text, one a line; in ASCII, as Unicode has more ends of lines, and file names need not be Unicode."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
@@ -60,18 +60,30 @@ def open_output(out: Path, plan: dict[str, Any], parts: Sequence[str]) -> None:
         InputError: it holds something else.
     """
     file = out / PLAN
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: {out} is a file; give a new folder.")
     if not file.exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and not {each.name for each in out.iterdir()} <= {*parts, f"{PLAN}.tmp"}:
             raise InputError(f"--out: {out} is not empty and is not the work of this command; give a new folder.")
         for part in parts:
             (out / part).mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(plan, indent=1) + "\n")
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    differing = [name for name in sorted({*before, *plan}) if before.get(name) != plan.get(name)]
+    differing = differences(json.loads(file.read_text(encoding="utf-8")), plan)
     if differing:
-        told = "; ".join(f"{name}: {before.get(name)} there, {plan.get(name)} now" for name in differing)
-        raise InputError(f"--out: {out} was begun in another way ({told}). Give another folder.")
+        raise InputError(f"--out: {out} was begun in another way ({'; '.join(differing)}). Give another folder.")
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The entries, also nested ones, that differ between what made a folder and what is at hand; for messages."""
+    told = []
+    for name in sorted({*there, *here}):
+        old, new = there.get(name), here.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            told += differences(old, new)
+        elif old != new:
+            told.append(f"{name} {old} there, {new} here")
+    return told
 
 
 def safe_name(identity: str) -> str:
@@ -86,7 +98,7 @@ def rows_digest(triples: Sequence[Triple]) -> str:
     """A hash of what was found in a dataset, in its order; not of what is in the files."""
     rows = hashlib.sha256()
     for triple in triples:
-        rows.update(repr((triple.id, triple.prompt, str(triple.image), triple.pixels, triple.source)).encode())
+        rows.update(repr(triple).encode())
     return rows.hexdigest()
 
 

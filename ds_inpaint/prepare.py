@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -38,10 +39,10 @@ from ds_inpaint.cache import (
 from ds_inpaint.commands import leaving, parser, read_settings, run_command
 from ds_inpaint.data import read_each
 from ds_inpaint.distributed import Ranks
-from ds_inpaint.errors import InputError, RowsRejected
+from ds_inpaint.errors import InputError, RowsRejected, UnusablePicture
 from ds_inpaint.framing import Framing
 from ds_inpaint.images import write_grid
-from ds_inpaint.keys import door, key
+from ds_inpaint.keys import Impossible, door, key
 from ds_inpaint.outputs import as_row, json_lines, open_output, rows_digest, told, write_text
 from ds_inpaint.pixels import grey_holes
 from ds_inpaint.policies import Inference, choose_model, layout_flags, load_policy
@@ -64,9 +65,15 @@ class Split:
     seed: int = key(0, "Another seed chooses other pictures.", at_least=0)
     rows_per_shard: int = key(64, "Rows, and prompts, in one file; what a kill can lose.", at_least=1)
 
-    def of(self, image: str) -> str:
-        """The split of a picture."""
-        digest = hashlib.blake2b(repr((self.seed, "split", image)).encode(), digest_size=8).digest()
+    def __post_init__(self) -> None:
+        if self.heldout + self.gold >= 1:
+            raise Impossible(
+                "heldout", f"with gold it leaves nothing to train on; found {self.heldout} and {self.gold}, parts of 1."
+            )
+
+    def of(self, name: str) -> str:
+        """The split of a picture, by its path inside the dataset."""
+        digest = hashlib.blake2b(repr((self.seed, "split", name)).encode(), digest_size=8).digest()
         place = int.from_bytes(digest, "big") / 2**64
         if place < self.gold:
             return "gold"
@@ -136,7 +143,7 @@ def prepare(settings: Preparation, data: Path, out: Path, ranks: Ranks) -> None:
     rejected: list[Problem] = []
     with ranks.together():
         if ranks.is_main:
-            rejected = _finish(settings, found, plan, out, [name for name, _ in work])
+            rejected = _finish(settings, data, found, plan, out, [name for name, _ in work])
     if rejected:  # on rank 0; a launcher exits with the code of the rank that has one
         raise RowsRejected(told(rejected, len(found.triples) + len(found.problems), out))
 
@@ -156,7 +163,7 @@ def _plan(settings: Preparation, data: Path, found: Found, policy: Policy) -> di
         "framing": settings.data.settings,
         "split": asdict(settings.split),
         "encoders": policy.encoders(),
-        "found": rows_digest(found.triples),
+        "rows_sha256": rows_digest(found.triples),
     }
 
 
@@ -193,7 +200,7 @@ def _encode_rows(policy: Policy, triples: Sequence[Triple], out: Path, name: str
     kept: dict[str, Triple] = {}
     rejected: list[Problem] = []
     for row, (triple, picture) in enumerate(read_each(triples)):
-        if isinstance(picture, InputError):
+        if isinstance(picture, UnusablePicture):
             rejected.append(problem_of(triple, picture))
         else:
             kept[str(row)] = triple
@@ -229,16 +236,17 @@ def _encode(policy: Policy, triple: Triple, picture: Picture) -> dict[str, Tenso
 
 
 def _finish(
-    settings: Preparation, found: Found, plan: dict[str, Any], out: Path, names: Sequence[str]
+    settings: Preparation, data: Path, found: Found, plan: dict[str, Any], out: Path, names: Sequence[str]
 ) -> list[Problem]:
     """Write the indices, the pictures to look at, and last the manifest; returns the rejected rows."""
     listings = [json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in names]
     rows = [row for listing in listings for row in listing["rows"]]
     prompts = [row for row in rows if "id" not in row]
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": [], "gold": []}
+    folder = data if data.is_dir() else data.parent
     for row in rows:
         if "id" in row:
-            splits[settings.split.of(row["image"])].append(row)
+            splits[settings.split.of(os.path.relpath(row["image"], folder))].append(row)
     rejected = [*found.problems, *(Problem(**each) for listing in listings for each in listing["rejected"])]
     splits = {split: members for split, members in splits.items() if members}
     for split, members in splits.items():

@@ -32,7 +32,7 @@ from ds_inpaint.cache import check_encoders
 from ds_inpaint.commands import leaving, parser, read_settings, run_command
 from ds_inpaint.data import READERS, batch_of, read_each
 from ds_inpaint.distributed import Ranks
-from ds_inpaint.errors import InputError, RowsRejected
+from ds_inpaint.errors import RowsRejected, UnusablePicture
 from ds_inpaint.framing import Framing, Pixels
 from ds_inpaint.gaussian import Schedule
 from ds_inpaint.images import read_png, write_grid, write_png
@@ -216,7 +216,7 @@ def _fill(policy: Policy, schedule: Schedule, jobs: Sequence[Job], out: Path, de
         raw_nCHW = to_bytes(policy.decode(walked.end_nCHW)).cpu()
         pasted_nCHW = paste_known(raw_nCHW, batch.images_BCHW[rows_n], batch.holes_B1HW[rows_n])
         _write(drawn, raw_nCHW, pasted_nCHW, out)
-    return [problem_of(triple, picture) for triple, picture in read if isinstance(picture, InputError)]
+    return [problem_of(triple, picture) for triple, picture in read if isinstance(picture, UnusablePicture)]
 
 
 def _write(jobs: Sequence[Job], raw_nCHW: Tensor, pasted_nCHW: Tensor, out: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from ds_inpaint.data import PictureFiles
-from ds_inpaint.errors import InputError
+from ds_inpaint.errors import UnusablePicture
 from ds_inpaint.framing import Framing
 from ds_inpaint.holes import HoleSource
 from ds_inpaint.images import image_size
@@ -37,9 +37,9 @@ class Found:
     problems: tuple[Problem, ...]
 
 
-def problem_of(triple: Triple, error: InputError) -> Problem:
-    """The problem of a row whose picture cannot be read."""
-    return Problem(triple.source, "unusable picture", str(error).removeprefix(f"{triple.source}: "))
+def problem_of(triple: Triple, error: UnusablePicture) -> Problem:
+    """The problem of a row whose picture cannot be used."""
+    return Problem(triple.source, error.kind, str(error).removeprefix(f"{triple.source}: "))
 
 
 class Layout(Protocol):
@@ -82,12 +82,15 @@ class Collector:
         if not prompt.strip():
             self.refuse(source, "empty prompt", "the prompt is empty; say what the hole is to be filled with.")
             return
+        if not _is_unicode(prompt):
+            self.refuse(source, "bad prompt", f"the prompt {prompt!r} holds half of a character; write it whole.")
+            return
         try:
             pixels = self._framing.shapes[0]
             if len(self._framing.shapes) > 1:
                 pixels = self._framing.shape_for(image_size(image, source))
-        except InputError as error:
-            self.refuse(source, "unreadable image", str(error).removeprefix(f"{source}: "))
+        except UnusablePicture as error:
+            self.refuse(source, error.kind, str(error).removeprefix(f"{source}: "))
             return
         self._triples.append(Triple(id, prompt, image, PictureFiles(hole, self._framing.fit), pixels, source))
 
@@ -98,3 +101,12 @@ class Collector:
     def found(self) -> Found:
         """Everything so far."""
         return Found(tuple(self._triples), tuple(self._problems))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether no surrogate, as JSON can write one, stands in it alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

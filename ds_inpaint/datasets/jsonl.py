@@ -34,7 +34,7 @@ class Jsonl:
     def scan(self, path: Path, framing: Framing) -> Found:
         """See ``scan.Layout``; paths are relative to the folder of the file."""
         collector = Collector(framing)
-        for number, line in enumerate(_text(path).splitlines(), 1):
+        for number, line in enumerate(_text(path).split("\n"), 1):
             if line.strip():
                 self._add(line, path.parent, f"{path}:{number}", collector)
         return collector.found()
@@ -42,7 +42,7 @@ class Jsonl:
     def _add(self, line: str, folder: Path, source: str, collector: Collector) -> None:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             collector.refuse(source, "bad JSON", f"not valid JSON ({error}).")
             return
         if problem := _malformed(row):
@@ -59,10 +59,10 @@ class Jsonl:
                     f"(data.root of a recipe, layout.root of a command).",
                 )
                 return
-            if not file.is_file():
+            if not os.path.isfile(file):  # Path.is_file raises for names that are too long
                 collector.refuse(source, "missing file", f"{file} does not exist; paths are relative to {folder}.")
                 return
-        identity = str(row.get("id", f"{row['image']}|{row['mask']}|{row['prompt']}"))
+        identity = str(row.get("id", "|".join(row[column] for column in COLUMNS)))
         collector.add(identity, row["prompt"], files[0], MaskFile(files[1]), source)
 
 
@@ -79,6 +79,8 @@ def _malformed(row: Any) -> str | None:
     for column in COLUMNS:
         if not isinstance(row.get(column), str):
             return f"{column!r} must be a string, found {row.get(column)!r}."
+    if not isinstance(row.get("id", ""), str | int):
+        return f"'id' must be a string or a whole number, found {row['id']!r}; or leave it out."
     return None
 
 

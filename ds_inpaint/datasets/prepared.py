@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ds_inpaint.cache import PROMPTS, Cell, PreparedPicture, is_prepared, read_manifest
 from ds_inpaint.errors import InputError
 from ds_inpaint.framing import Framing
-from ds_inpaint.outputs import read_json_lines
+from ds_inpaint.outputs import differences, read_json_lines
 from ds_inpaint.scan import Found
 from ds_inpaint.values import Triple
 
@@ -58,8 +58,7 @@ def _cell(row: dict[str, Any], folder: Path) -> Cell:
 
 
 def _check_framing(path: Path, there: dict[str, Any], framing: Framing) -> None:
-    here = framing.settings
-    differing = [f"{name} {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]]
+    differing = differences(there, framing.settings)
     if differing:
         raise InputError(
             f"{path} was prepared for pictures of another kind: {', '.join(differing)}. Give the same under data, or "
