@@ -34,6 +34,7 @@ from ds_inpaint.cache import (
     KNOWN,
     LATENTS,
     MANIFEST,
+    PLAN,
     PROMPTS,
     differences,
     is_prepared,
@@ -63,7 +64,6 @@ from ds_inpaint.tracking import progress_bar
 from ds_inpaint.values import Batch, Picture, Policy, Triple
 from ds_inpaint.zero_config import setup
 
-PLAN = "plan.json"
 PREVIEWS = 12
 """Pictures in ``previews.png``."""
 PROBLEMS_TOLD = 10

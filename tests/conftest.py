@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -90,6 +91,16 @@ def reward_server() -> Iterator[str]:
     servers = Servers()
     yield servers.start(["seam", "ring_texture", "known_fidelity"]).address
     servers.close()
+
+
+def prepare_here(*arguments: object) -> int:
+    """Run the command that prepares datasets in this process, as its only rank; returns the exit code."""
+    from ds_inpaint import prepare
+    from ds_inpaint.distributed import Ranks
+
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
+    with patch.object(prepare, "setup", lambda section: alone):
+        return prepare.main([str(argument) for argument in arguments])
 
 
 RECIPE = """\

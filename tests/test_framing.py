@@ -55,9 +55,8 @@ def test_a_crop_is_the_middle_of_the_picture_scaled_to_cover(found, wanted):
 def test_padding_repeats_the_edge_of_the_whole_picture_and_is_never_filled(found, wanted):
     scale = min(wanted[0] / found[0], wanted[1] / found[1])
     height, width = (max(1, round(side * scale)) for side in found)
-    spare = [
-        (math.ceil((side - own) / 2), (side - own) // 2) for side, own in zip(wanted, (height, width), strict=True)
-    ]
+    sides = zip(wanted, (height, width), strict=True)
+    spare = [(math.ceil((side - own) / 2), (side - own) // 2) for side, own in sides]
     frame = Frame(found, wanted, "pad")
     scaled = np.asarray(draw(*found).resize((width, height), Image.Resampling.LANCZOS))
     assert np.array_equal(array(frame_image(draw(*found), frame)), np.pad(scaled, [*spare, (0, 0)], mode="edge"))
@@ -228,3 +227,12 @@ def test_rows_of_one_size_are_walked_as_they_always_were(count, batch):
             order = torch.randperm(count, generator=generator(7, "epoch", position // count))
             expected.append(rows[order[position % count]])
         assert rows_of_iteration(rows, iteration, batch, seed=7) == expected
+
+
+def test_the_size_of_a_picture_is_known_without_its_pixels(tmp_path):
+    draw(300, 200).save(tmp_path / "a.png")
+    head = (tmp_path / "a.png").read_bytes()[:60]
+    (tmp_path / "a.png").write_bytes(head)
+    assert image_size(tmp_path / "a.png", "rows:1") == (300, 200)
+    with pytest.raises(UnusablePicture, match="cannot be read as an image"):
+        open_image(tmp_path / "a.png", "RGB", "rows:1")
