@@ -89,7 +89,7 @@ def test_the_layout_is_seen_unless_it_is_named(settings, tmp_path):
         (["size=64"], "size: unknown key."),
         (["64"], "override '64': write it as section.key=value."),
         (["data.size=small"], "data.size: expected"),
-        (["data.fit=stretch"], "data.fit: expected crop or pad; found stretch"),
+        (["data.fit=stretch"], "data.fit: expected one of crop, pad; found 'stretch'"),
         (["engine.zero_stage=3"], "engine.zero_stage: unknown key. Allowed here: precision, micro_batch."),
         (["engine.precision=fp16"], "engine.precision"),
         (["layout.name=jsonn"], "Did you mean jsonl?"),
@@ -138,7 +138,7 @@ def test_a_folder_that_is_no_model_is_named(told, tmp_path, index, sentence):
 def test_a_recipe_must_load_for_training_too(told, recipes, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(recipes["grpo_flux"].read_text().replace("group_size", "group_sise"))
-    assert f"{recipe}:6: algorithm.group_sise: unknown key." in told("--recipe", recipe)
+    assert f"{recipe}:5: algorithm.group_sise: unknown key." in told("--recipe", recipe)
     assert "does not exist" in told("--recipe", tmp_path / "recipes.yaml")
 
 
