@@ -3,7 +3,7 @@
 python tests/prepare_worker.py OUT ARGUMENT ...
 
 The arguments are those of the command without ``--out``. Leaves ``OUT/alone``, by rank 0; ``OUT/together``, by all
-ranks; and ``OUT/PLACE`` for each of KILLED, begun by rank 0 alone and finished by all.
+ranks; and ``OUT/PLACE`` for each of KILLED, begun by rank 0 alone and finished by all. Some of the rows are bad.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,6 +20,7 @@ import torch
 from ds_inpaint import commands, prepare
 from ds_inpaint.cache import write_shard, write_text
 from ds_inpaint.distributed import Ranks
+from ds_inpaint.errors import InputError, RowsRejected
 from ds_inpaint.zero_config import setup
 
 KILLED = {
@@ -63,6 +65,10 @@ def kill(out: Path, arguments: list[str], victim: str) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == EXIT_CODE, victim
 
 
+def refuse(*arguments: object) -> None:
+    raise InputError("planted")
+
+
 def main(out: Path, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     if os.environ["RANK"] == "0":
@@ -70,11 +76,18 @@ def main(out: Path, arguments: list[str]) -> None:
         with patch.object(prepare, "setup", lambda section: alone):
             for place, victim in KILLED.items():
                 kill(out / place, arguments, victim)
-            assert prepare.main([*arguments, "--out", str(out / "alone")]) == 0
+            assert prepare.main([*arguments, "--out", str(out / "alone")]) == RowsRejected.exit_code
     ranks = setup(commands.Inference().section)
-    with patch.object(prepare, "setup", lambda section: ranks), patch.object(Ranks, "leave", lambda self: None):
+    with (
+        patch.object(prepare, "setup", lambda section: ranks),
+        patch.object(Ranks, "leave", lambda self: None),
+        patch.object(commands, "SECONDS_FOR_RANK_0", 0),
+    ):
         for name in ("together", *KILLED):
-            assert prepare.main([*arguments, "--out", str(out / name)]) == 0
+            assert prepare.main([*arguments, "--out", str(out / name)]) == RowsRejected.exit_code
+        # A rank that cannot go on alone takes the others along.
+        with patch.object(prepare, "_encode_prompts", refuse) if ranks.is_main else nullcontext():
+            assert prepare.main([*arguments, "--out", str(out / "refused")]) == InputError.exit_code
     ranks.leave()
 
 

@@ -229,6 +229,29 @@ def test_rows_of_one_size_are_walked_as_they_always_were(count, batch):
         assert rows_of_iteration(rows, iteration, batch, seed=7) == expected
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of EXIF data
+@pytest.mark.parametrize(("name", "settings"), [("a.png", {}), ("a.jpg", {"progressive": True}), ("a.webp", {})])
+def test_damaged_bytes_of_a_picture_are_told_or_do_no_harm(tmp_path, name, settings):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    draw(24, 40).save(tmp_path / name, exif=exif, **settings)
+    whole_file = (tmp_path / name).read_bytes()
+    generator = np.random.default_rng(0)
+    kinds = Counter()
+    for _ in range(300):
+        damaged = np.frombuffer(whole_file, dtype=np.uint8).copy()
+        places = generator.integers(0, [len(damaged), 100][generator.integers(2)], 3)
+        damaged[places] = generator.integers(0, 256, 3)
+        (tmp_path / name).write_bytes(damaged[: len(damaged) - generator.integers(0, 9) ** 2].tobytes())
+        for read in (lambda file: open_image(file, "RGB", "rows:1"), lambda file: image_size(file, "rows:1")):
+            try:
+                read(tmp_path / name)
+            except UnusablePicture as error:
+                kinds[error.kind] += 1
+    assert kinds["damaged image"] > 10
+    assert kinds.keys() <= {"damaged image", "not an image", "huge image"}
+
+
 def test_the_size_of_a_picture_is_known_without_its_pixels(tmp_path):
     draw(300, 200).save(tmp_path / "a.png")
     head = (tmp_path / "a.png").read_bytes()[:60]

@@ -20,6 +20,7 @@ from prepare_worker import KILLED
 from ds_inpaint.cache import read_json_lines, read_manifest
 from ds_inpaint.data import load
 from ds_inpaint.datasets.jsonl import Jsonl
+from ds_inpaint.errors import RowsRejected
 from ds_inpaint.framing import Framing
 from ds_inpaint.rows import read_rows
 
@@ -27,11 +28,18 @@ FLUX = ["--model", TINY_MODELS / "flux", "model.text_tokens=16", "engine.precisi
 SPLIT = ["split.rows_per_shard=8", "split.heldout=0.3", "split.gold=0.1"]
 
 
+BAD = {21: "not an image", 22: "missing file"}
+"""Lines of ``data``."""
+
+
 @pytest.fixture(scope="module")
 def data(photos):
-    """Every sixth of the photographs."""
+    """Every sixth of the photographs, and BAD rows among them."""
     file = photos / "some.jsonl"
-    file.write_text("\n".join((photos / "train.jsonl").read_text().splitlines()[::6]))
+    rows = (photos / "train.jsonl").read_text().splitlines()[::6]
+    whole = json.loads(rows[0]) | {"id": "whole"}
+    bad = [whole | {"mask": "train.jsonl"}, whole | {"id": "gone", "mask": "gone.png"}]
+    file.write_text("\n".join([*rows[:20], *map(json.dumps, bad), *rows[20:]]))
     return file
 
 
@@ -68,18 +76,19 @@ def test_what_was_prepared_is_complete_and_listed(prepared, data):
         assert (shard["bytes"], shard["sha256"]) == (len(found[name]), hashlib.sha256(found[name]).hexdigest())
     rows = {split: read_json_lines(out / f"{split}.jsonl") for split in ("train", "heldout", "gold")}
     assert manifest["rows"] == {split: len(members) for split, members in rows.items()}
-    given = [json.loads(line) for line in data.read_text().splitlines()]
+    lines = data.read_text().splitlines()
+    given = [json.loads(line) for number, line in enumerate(lines, 1) if number not in BAD]
     everything = [row for members in rows.values() for row in members]
     assert sorted(row["id"] for row in everything) == sorted(row["id"] for row in given)
     assert {row["prompt"] for row in read_json_lines(out / "prompts.jsonl")} == {"", *(row["prompt"] for row in given)}
-    assert found["rejected.jsonl"] == b""
+    assert {row["line"]: row["kind"] for row in read_json_lines(out / "rejected.jsonl")} == BAD
     for shard in shards.values():
         if shard["file"].startswith("rows"):
             assert shard["rows"] == sum(row["shard"] == shard["file"] for row in everything)
 
 
 def test_the_pictures_are_those_of_the_files(prepared, data):
-    files = {row.id: row for row in read_rows(data, Framing(32))}
+    files = {row.id: row for row in Jsonl().scan(data, Framing(32)).triples}
     for row in read_rows(prepared / "alone" / "train.jsonl", Framing(32)):
         found, wanted = row.picture.read(row), files[row.id].picture.read(files[row.id])
         assert found.image_3HW.equal(wanted.image_3HW)
@@ -137,7 +146,7 @@ def test_a_shard_that_is_not_whole_is_made_again(prepared, data, tmp_path, damag
         os.truncate(shard, 1000)
     else:
         (shard if damage == "deleted" else shard.with_suffix(".json")).unlink()
-    assert prepare_here("--data", data, "--out", out, *FLUX, *SPLIT) == 0
+    assert prepare_here("--data", data, "--out", out, *FLUX, *SPLIT) == RowsRejected.exit_code
     assert contents(out) == contents(prepared / "alone")
 
 
