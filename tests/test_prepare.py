@@ -8,7 +8,6 @@ import os
 import shutil
 import struct
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from ds_inpaint.framing import Framing
 from ds_inpaint.rows import read_rows
 
 FLUX = ["--model", TINY_MODELS / "flux", "model.text_tokens=16", "engine.precision=fp32", "data.size=32"]
+SPLITS = ("train", "heldout", "gold")
 SPLIT = ["split.rows_per_shard=8", "split.heldout=0.3", "split.gold=0.1"]
 
 
@@ -67,14 +67,14 @@ def test_what_was_prepared_is_complete_and_listed(prepared, data):
     found = contents(out)
     assert {name for name in found if "/" not in name} == {
         *("manifest.json", "plan.json", "previews.png", "prompts.jsonl", "rejected.jsonl"),
-        *("train.jsonl", "heldout.jsonl", "gold.jsonl"),
+        *(f"{split}.jsonl" for split in SPLITS),
     }
     manifest = read_manifest(out)
     shards = {shard["file"]: shard for shard in manifest["shards"]}
     assert shards.keys() == {name for name in found if name.endswith(".safetensors")}
     for name, shard in shards.items():
         assert (shard["bytes"], shard["sha256"]) == (len(found[name]), hashlib.sha256(found[name]).hexdigest())
-    rows = {split: read_json_lines(out / f"{split}.jsonl") for split in ("train", "heldout", "gold")}
+    rows = {split: read_json_lines(out / f"{split}.jsonl") for split in SPLITS}
     assert manifest["rows"] == {split: len(members) for split, members in rows.items()}
     lines = data.read_text().splitlines()
     given = [json.loads(line) for number, line in enumerate(lines, 1) if number not in BAD]
@@ -189,9 +189,6 @@ def test_all_rows_of_a_picture_lie_in_one_split_that_hangs_on_its_place_in_the_d
         assert {name.replace("a", "b") for name in ids} == {name for name in ids if name.endswith("b")}
 
 
-SPLITS = ("train", "heldout", "gold")
-
-
 def write_lines(folder: Path, rows: list[object]) -> Path:
     file = folder / "rows.jsonl"
     file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
@@ -278,7 +275,7 @@ def test_fifty_bad_rows_of_ten_kinds_are_each_listed_and_the_good_ones_kept(tmp_
         assert [each["id"] for each in read_json_lines(tmp_path / "out" / "train.jsonl")] == [
             each["id"] for each in good
         ]
-    assert Counter(kinds.values()).total() == read_manifest(tmp_path / "out")["rejected"] == 50
+    assert read_manifest(tmp_path / "out")["rejected"] == 50
 
 
 def test_a_dataset_of_bad_rows_alone_is_told_as_one(tmp_path, capsys):

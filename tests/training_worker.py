@@ -69,8 +69,8 @@ def main(out: Path, jobs: list[list[str]]) -> None:
         if ranks.is_main:
             open_run_folder(recipe)
         ranks.barrier()
-        told = no_text_encoder() if recipe.run.name in PREPARED_FLUX else nullcontext()
-        with told, first_rollout_kept(out / f"{recipe.run.name}.rank{ranks.rank}.safetensors"):
+        without = no_text_encoder() if recipe.run.name in PREPARED_FLUX else nullcontext()
+        with without, first_rollout_kept(out / f"{recipe.run.name}.rank{ranks.rank}.safetensors"):
             train(recipe, ranks)
     ranks.leave()
 
