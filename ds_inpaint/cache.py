@@ -1,6 +1,7 @@
 """Prepared datasets on disk: pictures and encodings in safetensors shards, each row with a digest of its own.
 
 DATASET/manifest.json           what made it: model, framing, source; the shards with their sizes and hashes
+DATASET/plan.json               the same without the shards, before any work was done
 DATASET/train.jsonl ...         a row per triple, one file per split: where its tensors lie, and their digest
 DATASET/prompts.jsonl           the same for the encoding of every distinct prompt
 DATASET/rejected.jsonl          every row that could not be used: file, line and reason
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_inpaint.errors import InputError
-from ds_inpaint.outputs import differences, write_whole
+from ds_inpaint.outputs import PLAN, differences, write_whole
 from ds_inpaint.values import Condition, Encoded, Picture, Triple
 
 MANIFEST, PROMPTS = "manifest.json", "prompts.jsonl"
@@ -121,8 +122,8 @@ def write_shard(folder: Path, name: str, rows: Mapping[str, Mapping[str, Tensor]
 
 
 def is_prepared(index: Path) -> bool:
-    """Whether a file is the index of a prepared dataset's split."""
-    return index.suffix == ".jsonl" and (index.parent / MANIFEST).is_file()
+    """Whether a file is the index of a prepared dataset's split; also where the last files are not written yet."""
+    return index.suffix == ".jsonl" and any((index.parent / name).is_file() for name in (MANIFEST, PLAN))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -135,11 +136,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error}); prepare the dataset again.") from error
-    if manifest.get("format") != FORMAT:
-        raise InputError(
-            f"{file} has format {manifest.get('format')!r}, but this release reads {FORMAT}; prepare the dataset again."
-        )
+        raise InputError(f"{file} cannot be read ({error}); run the same prepare command again.") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise InputError(f"{file} has format {found!r}, but this release reads {FORMAT}; prepare the dataset again.")
     return manifest
 
 

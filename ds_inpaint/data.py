@@ -14,7 +14,7 @@ import torch
 from ds_inpaint.errors import UnusablePicture
 from ds_inpaint.framing import Fit, Frame, Framing, Pixels
 from ds_inpaint.holes import HoleSource
-from ds_inpaint.images import MOST_PIXELS, frame_image, open_image
+from ds_inpaint.images import MOST_PIXELS, frame_image, inside, open_image
 from ds_inpaint.keys import REQUIRED, key
 from ds_inpaint.noise import generator
 from ds_inpaint.pixels import HOLE_THRESHOLD
@@ -59,12 +59,13 @@ class PictureFiles:
                 "too narrow",
             )
         hole_1HW = self.hole.read(frame, triple.source)
-        if not hole_1HW.any() or hole_1HW.all():
+        full = torch.equal(hole_1HW, inside(frame))
+        if full or not hole_1HW.any():
             raise UnusablePicture(
-                f"{triple.source}: {self.hole} leaves {'everything' if hole_1HW.all() else 'nothing'} to fill in the "
+                f"{triple.source}: {self.hole} leaves {'everything' if full else 'nothing'} to fill in the "
                 f"picture as it is used ({triple.pixels[1]}x{triple.pixels[0]} pixels, data.fit {self.fit}); white "
                 f"(above {HOLE_THRESHOLD}) must mark a part of it.",
-                "full mask" if hole_1HW.all() else "empty mask",
+                "full mask" if full else "empty mask",
             )
         return Picture(frame_image(picture, frame), hole_1HW)
 

@@ -48,6 +48,12 @@ class Framing:
                 f"shapes of several aspects are made from one side, a multiple of shape_step ({self.shape_step}); "
                 f"found size {self.size}. Give such a size, another shape_step, or leave max_aspect out.",
             )
+        if self.max_aspect > 1 and len(self.shapes) == 1:
+            raise Impossible(
+                "max_aspect",
+                f"{self.max_aspect} allows no shape but the square, with sides that are multiples of shape_step "
+                f"({self.shape_step}); give a larger one, a smaller shape_step, or leave it out.",
+            )
 
     @cached_property
     def shapes(self) -> tuple[Pixels, ...]:

@@ -41,23 +41,17 @@ def image_size(path: Path, source: str) -> Pixels:
         source: where it is named, for messages, such as ``rows.jsonl:12``.
 
     Raises:
-        UnusablePicture: the file is missing or no image.
+        UnusablePicture: the file is missing, no image, or too large.
     """
     with _opened(path, source) as image:
-        lies = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+        # Not by the method of the PNG reader, which decodes all pixels to look for EXIF data behind them.
+        lies = Image.Image.getexif(image).get(ORIENTATION) in (5, 6, 7, 8)
         return (image.width, image.height) if lies else (image.height, image.width)
 
 
 def open_image(path: Path, mode: str, source: str) -> Image.Image:
     """Decode an image, upright, in Pillow's ``mode``; for the arguments and errors see ``image_size``."""
     with _opened(path, source) as image:
-        height, width = image.height, image.width
-        if height * width > MOST_PIXELS:
-            raise UnusablePicture(
-                f"{source}: {path} has {width}x{height} pixels; at most {MOST_PIXELS:,} in all are read. Scale it "
-                f"down.",
-                "huge image",
-            )
         # Not by Pillow's exif_transpose: it writes the EXIF data anew, and fails if any of them are odd.
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
         return (image if turn is None else image.transpose(turn)).convert(mode)
@@ -131,6 +125,12 @@ def write_grid(path: Path, columns: Sequence[tuple[str, Sequence[Tensor]]], tile
 def _opened(path: Path, source: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
+            if image.height * image.width > MOST_PIXELS:
+                raise UnusablePicture(
+                    f"{source}: {path} has {image.width}x{image.height} pixels; at most {MOST_PIXELS:,} in all are "
+                    f"read. Scale it down.",
+                    "huge image",
+                )
             yield image
     except FileNotFoundError:
         raise UnusablePicture(f"{source}: {path} does not exist.", "missing file") from None

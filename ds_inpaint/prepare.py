@@ -133,13 +133,13 @@ def prepare(settings: Preparation, data: Path, out: Path, ranks: Ranks) -> None:
         *_shards("rows", found.triples, settings.split.rows_per_shard),
     ]
     mine = work[ranks.rank :: ranks.world_size]
-    with progress_bar(sum(len(items) for _, items in mine), "prepare", "row", shown=ranks.is_main) as bar:
+    rows = sum(len(items) for _, items in mine)
+    with ranks.together(), progress_bar(rows, "prepare", "row", shown=ranks.is_main) as bar:
         for name, items in mine:
             if not _finished(out, name):
                 encode = _encode_prompts if name.startswith("prompts") else _encode_rows
                 encode(policy, items, out, name)
             bar.update(len(items))
-    ranks.barrier()
     rejected: list[Problem] = []
     with ranks.together():
         if ranks.is_main:

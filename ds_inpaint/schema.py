@@ -102,14 +102,21 @@ def describe(cls: type) -> str:
     lines = []
     for name, field in _fields(cls).items():
         if "door" in field.metadata:
-            choices = ", ".join(_choices(field.metadata["door"]))
-            lines.append(f"{name}.name: one of {choices}. {field.metadata['doc']}")
+            package = field.metadata["door"]
+            lines.append(f"{name}.name: one of {', '.join(_choices(package))}. {field.metadata['doc']}")
+            for choice, behind in classes(package).items():
+                lines += _described(behind, name, f"with {name}.name={choice}: ")
         else:
-            for key_name, inner in _fields(get_type_hints(cls)[name]).items():
-                if "door" not in inner.metadata:
-                    default = plain(inner.default) if inner.default is not MISSING else "..."
-                    lines.append(f"{name}.{key_name}={default}: {inner.metadata['doc']}")
+            lines += _described(get_type_hints(cls)[name], name, "")
     return "\n".join(f"  {line}" for line in lines)
+
+
+def _described(cls: type, path: str, when: str) -> list[str]:
+    lines = []
+    for name, field in _fields(cls).items():
+        default = "..." if field.default is MISSING else yaml_tree.write(plain(field.default)).partition("\n")[0]
+        lines.append(f"{path}.{name}={default}: {when}{field.metadata['doc']}")
+    return lines
 
 
 def dump(recipe: object) -> str:

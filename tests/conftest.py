@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -10,9 +11,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from PIL import Image
 
 from ds_inpaint.photos import write_dataset
 
@@ -90,6 +93,52 @@ def reward_server() -> Iterator[str]:
     servers = Servers()
     yield servers.start(["seam", "ring_texture", "known_fidelity"]).address
     servers.close()
+
+
+def prepare_here(*arguments: object) -> int:
+    """Run the command that prepares datasets in this process, as its only rank; returns the exit code."""
+    from ds_inpaint import prepare
+    from ds_inpaint.distributed import Ranks
+
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
+    with patch.object(prepare, "setup", lambda section: alone):
+        return prepare.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="session")
+def prepared_photos(
+    photos: Path, small_model: Path, small_flux: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The photographs as runs on 32x32 pixels in fp32 want them: ``sd_train/train.jsonl`` and so on.
+
+    Of those that are held out only the first eight.
+    """
+    out = tmp_path_factory.mktemp("prepared_photos")
+    first = photos / "first.jsonl"
+    first.write_text("\n".join((photos / "heldout.jsonl").read_text().splitlines()[:8]))
+    models = {"sd": ["--model", small_model], "flux": ["--model", small_flux, "model.text_tokens=16"]}
+    for family, model in models.items():
+        for part, rows in (("train", photos / "train.jsonl"), ("heldout", first)):
+            folder = out / f"{family}_{part}"
+            assert prepare_here("--data", rows, "--out", folder, *model, "data.size=32", "engine.precision=fp32") == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def three_aspects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.jsonl of nine and heldout.jsonl of six pictures, wide, square and tall ones in turns."""
+    folder = tmp_path_factory.mktemp("three_aspects")
+    for split, count in (("train", 9), ("heldout", 6)):
+        rows = []
+        for number in range(count):
+            width, height = [(120, 70), (66, 64), (50, 90)][number % 3]
+            name, mask = f"{split}-{number}.png", Image.new("L", (width, height))
+            Image.effect_noise((width, height), 60).convert("RGB").save(folder / name)
+            mask.paste(255, (width // 4, height // 4, width // 2, height // 2))
+            mask.save(folder / f"mask-{name}")
+            rows.append(json.dumps({"image": name, "mask": f"mask-{name}", "prompt": f"noise {number}"}))
+        (folder / f"{split}.jsonl").write_text("\n".join(rows))
+    return folder
 
 
 RECIPE = """\

@@ -11,7 +11,10 @@ import torch
 from diffusers import StableDiffusionInpaintPipeline
 from safetensors.torch import load_file
 
+from ds_inpaint.data import rows_of_iteration
+from ds_inpaint.framing import Framing
 from ds_inpaint.images import read_png
+from ds_inpaint.rows import read_rows
 from ds_inpaint.tracking import read_metrics
 
 QUICK = ["data.size=32", "run.iterations=2", "evaluation.samples=2"]
@@ -19,6 +22,11 @@ QUICK = ["data.size=32", "run.iterations=2", "evaluation.samples=2"]
 SGD = ["optimizer.name=sgd", "optimizer.learning_rate=0.05", "optimizer.weight_decay=0"]
 LORA = [*SGD, "optimizer.learning_rate=1.0", "model.lora.rank=4"]
 BF16 = ["engine.precision=bf16", "run.iterations=1"]
+PREPARED = {
+    family: [f"data.{part}=PREPARED/{family}_{part}/train.jsonl" for part in ("train", "heldout")]
+    for family in ("sd", "flux")
+}
+"""PREPARED stands for the folder ``prepared_photos``, and ASPECTS for ``three_aspects``."""
 STAGES = (3, 2, 1, 0)
 TWO_RANKS = {
     **{f"sgd_zero{stage}": ("grpo_sd", [*SGD, f"engine.zero_stage={stage}"]) for stage in STAGES},
@@ -46,11 +54,24 @@ TWO_RANKS = {
     "flux_dance": ("grpo_flux", ["sampler={name: dance_sde, steps: 4}", "run.iterations=1"]),
     "flux_dpo": ("dpo_flux", [*SGD, "algorithm.sampled_by=reference", "run.iterations=3"]),
     "flux_sft": ("sft_flux", [*SGD, "data.size=[64, 96]", "data.batch=4"]),
+    "flux_sft_square": ("sft_flux", SGD),
+    "sd_grpo_prepared": ("grpo_sd", [*SGD, *PREPARED["sd"]]),
+    "sd_sft_prepared": ("sft_sd", [*SGD, *PREPARED["sd"]]),
+    "flux_grpo_prepared": ("grpo_flux", [*SGD, *PREPARED["flux"]]),
+    "flux_sft_prepared": ("sft_flux", [*SGD, *PREPARED["flux"]]),
+    "flux_aspects": (
+        "grpo_flux",
+        [
+            *(*SGD, "run.iterations=3", "data.size=64", "data.max_aspect=2", "data.shape_step=16"),
+            *("data.train=ASPECTS/train.jsonl", "data.heldout=ASPECTS/heldout.jsonl"),
+            *("evaluation.samples=7", "evaluation.pictures=7"),
+        ],
+    ),
 }
 """Recipe and overrides of each run."""
 TWINS = (
     *("sd_lora_zero2", "sd_dpo", "sd_sft"),
-    *("flux_zero3", "flux_lora_zero2", "flux_dpo", "flux_sft"),
+    *("flux_zero3", "flux_lora_zero2", "flux_dpo", "flux_sft", "flux_aspects"),
 )
 ONE_RANK = {
     "sgd_one_rank": ("grpo_sd", SGD),
@@ -73,13 +94,16 @@ GRPO = [name for name, (recipe, _) in (TWO_RANKS | ONE_RANK).items() if recipe.s
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, recipes, run_ranks):
+def runs(tmp_path_factory, recipes, run_ranks, prepared_photos, three_aspects):
     """The folder that holds all runs."""
     out = tmp_path_factory.mktemp("runs")
+    places = {"PREPARED": str(prepared_photos), "ASPECTS": str(three_aspects)}
     for ranks, jobs in ((2, TWO_RANKS | OTHERS), (1, ONE_RANK)):
         words = ["tests/training_worker.py", str(out)]
         for name, (recipe, overrides) in jobs.items():
             folder = out / name.partition(".")[0]
+            for short, path in places.items():
+                overrides = [override.replace(short, path) for override in overrides]
             words += [str(recipes[recipe]), f"run.name={name}", f"run.dir={folder}", *QUICK, *overrides, "--"]
         run_ranks(ranks, words[:-1])
     return out
@@ -119,7 +143,22 @@ def difference(runs: Path, one: str, other: str, starts: dict[str, Path]) -> flo
     return float((a - b).norm() / (a - start).norm())
 
 
-@pytest.mark.parametrize(("two", "one"), [("sgd_zero3", "sgd_one_rank"), ("flux_zero3", "flux_zero3_one_rank")])
+def untimed_metrics(run: Path) -> list[dict[str, float]]:
+    """The metrics of a run, without what no two runs share."""
+    clocks = ("seconds/", "samples_per_second", "rewards/")
+    return [
+        {name: value for name, value in row.items() if not name.startswith(clocks)}
+        for row in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("two", "one"),
+    [
+        *(("sgd_zero3", "sgd_one_rank"), ("flux_zero3", "flux_zero3_one_rank")),
+        ("flux_aspects", "flux_aspects_one_rank"),
+    ],
+)
 def test_the_first_rollout_is_the_same_on_one_and_two_ranks_bit_for_bit(runs, two, one):
     for key in ("latents", "log_probs", "pictures", "rewards"):
         assert torch.equal(first_rollout(runs, two, key), first_rollout(runs, one, key)), key
@@ -237,12 +276,44 @@ def test_held_out_noise_is_the_same_at_every_evaluation(runs):
 
 def test_a_dpo_run_stopped_between_refreshes_goes_on_as_if_nothing_had_happened(runs):
     """Its reference, its average and its adapters are those of the uninterrupted run."""
-    whole, resumed = (read_metrics(runs / name / "metrics.jsonl") for name in ("dpo_whole", "dpo_resumed"))
-    clocks = ("seconds/", "samples_per_second", "rewards/")
-    for row in (*whole, *resumed):
-        for name in [name for name in row if name.startswith(clocks)]:
-            del row[name]
+    whole, resumed = (untimed_metrics(runs / name) for name in ("dpo_whole", "dpo_resumed"))
     assert resumed == whole
     assert [row["iteration"] for row in whole if "heldout/reward" in row] == [0, 3, 4]
     assert whole[4]["preference/max_deviation"] > 0  # the reference is neither the start nor the policy
     assert torch.equal(*(weights(trained(runs / name)) for name in ("dpo_whole", "dpo_resumed")))
+
+
+@pytest.mark.parametrize(
+    ("prepared", "files"),
+    [
+        ("sd_grpo_prepared", "sgd_zero3"),
+        ("sd_sft_prepared", "sd_sft"),
+        ("flux_grpo_prepared", "flux_zero3"),
+        ("flux_sft_prepared", "flux_sft_square"),
+    ],
+)
+def test_prepared_data_train_the_same_weights_bit_for_bit_as_the_files(runs, prepared, files):
+    if "grpo" in prepared:
+        for key in ("latents", "log_probs", "pictures", "rewards"):
+            assert torch.equal(first_rollout(runs, prepared, key), first_rollout(runs, files, key)), key
+    assert untimed_metrics(runs / prepared) == untimed_metrics(runs / files)
+    assert torch.equal(weights(trained(runs / prepared)), weights(trained(runs / files)))
+
+
+def test_a_run_on_several_shapes_uses_and_evaluates_each(runs, three_aspects):
+    shapes = {(48, 80), (64, 64), (80, 48)}
+    rows = read_rows(three_aspects / "train.jsonl", Framing(64, max_aspect=2, shape_step=16))
+    assert {rows_of_iteration(rows, iteration, 2, seed=3)[0].pixels for iteration in range(3)} == shapes
+    for name in ("flux_aspects", "flux_aspects_one_rank"):
+        samples = runs / name / "samples"
+        for iteration in ("000000", "000003"):
+            drawn = {read_png(file).shape[1:] for file in (samples / iteration).iterdir()}
+            assert drawn == shapes
+            rows = json.loads((samples / f"{iteration}.json").read_text())
+            assert [row["prompt"] for row in rows] == [f"noise {number % 6}" for number in range(7)]
+            assert all(math.isfinite(row[key]) for row in rows for key in ("reward", "loss", "area"))
+        assert [row["iteration"] for row in read_metrics(runs / name / "metrics.jsonl")] == [0, 1, 2, 3]
+    two, one = (runs / name / "samples" / "000000.json" for name in ("flux_aspects", "flux_aspects_one_rank"))
+    for row, other in zip(json.loads(two.read_text()), json.loads(one.read_text()), strict=True):
+        assert row["reward"] == pytest.approx(other["reward"], abs=0.01)
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)

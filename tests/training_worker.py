@@ -11,7 +11,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
 from unittest.mock import patch
@@ -19,12 +19,16 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import save_file
 
+from ds_inpaint.models import flux
 from ds_inpaint.recipe import load_recipe
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Generated, Rollout, Rollouts
 from ds_inpaint.run_folder import open_run_folder
 from ds_inpaint.trainer import train
 from ds_inpaint.zero_config import setup
+
+PREPARED_FLUX = ("flux_grpo_prepared", "flux_sft_prepared")
+"""Runs that must do without text encoders."""
 
 
 @contextmanager
@@ -49,6 +53,13 @@ def first_rollout_kept(file: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def no_text_encoder() -> Iterator[None]:
+    """Within this context the text encoders of Flux cannot be loaded."""
+    with patch.object(flux, "load_text", None):
+        yield
+
+
 def main(out: Path, jobs: list[list[str]]) -> None:
     ranks = None
     for recipe_path, *overrides in jobs:
@@ -58,7 +69,8 @@ def main(out: Path, jobs: list[list[str]]) -> None:
         if ranks.is_main:
             open_run_folder(recipe)
         ranks.barrier()
-        with first_rollout_kept(out / f"{recipe.run.name}.rank{ranks.rank}.safetensors"):
+        without = no_text_encoder() if recipe.run.name in PREPARED_FLUX else nullcontext()
+        with without, first_rollout_kept(out / f"{recipe.run.name}.rank{ranks.rank}.safetensors"):
             train(recipe, ranks)
     ranks.leave()
 

@@ -100,7 +100,7 @@ def pipeline_class(path: str) -> str:
     try:
         file = Path(path, MODEL_INDEX) if Path(path).is_dir() else Path(hf_hub_download(path, MODEL_INDEX))
         return str(json.loads(file.read_text())["_class_name"])
-    except (OSError, HFValidationError, ValueError, KeyError) as error:
+    except (OSError, HFValidationError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"--model: {path} has no {MODEL_INDEX} that can be read, as diffusers saves it (looked in {Path.cwd()}, "
             f"then on the hub): {error}"
