@@ -17,10 +17,10 @@ from unittest.mock import patch
 
 import torch
 
-from ds_inpaint import commands, prepare
-from ds_inpaint.cache import write_shard, write_text
+from ds_inpaint import cache, commands, outputs, policies, prepare
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import InputError, RowsRejected
+from ds_inpaint.outputs import write_whole
 from ds_inpaint.zero_config import setup
 
 KILLED = {
@@ -35,31 +35,26 @@ KILLED = {
 EXIT_CODE = 9
 
 
-def killing(victim: Path) -> tuple[Callable, Callable]:
-    """What writes shards and texts, but for ``victim``, in whose middle the process ends."""
+def killing(victim: Path) -> Callable:
+    """What writes files, but for ``victim``, in whose middle the process ends."""
 
-    def die(file: Path, content: bytes) -> None:
+    def write(file: Path, content: Callable) -> None:
         if file == victim:
-            file.with_suffix(".tmp").write_bytes(content[: len(content) // 2])
+            beside = file.with_name(f"{file.name}.tmp")
+            content(beside)
+            os.truncate(beside, beside.stat().st_size // 2)
             os._exit(EXIT_CODE)
+        write_whole(file, content)
 
-    def shard(folder, name, rows):
-        die(folder / name, bytes(1000))
-        return write_shard(folder, name, rows)
-
-    def text(file, written):
-        die(file, written.encode())
-        write_text(file, written)
-
-    return shard, text
+    return write
 
 
 def kill(out: Path, arguments: list[str], victim: str) -> None:
     """Prepare in a child process that dies while it writes ``victim``."""
     child = os.fork()
     if child == 0:
-        shard, text = killing(out / victim)
-        with patch.object(prepare, "write_shard", shard), patch.object(prepare, "write_text", text):
+        write = killing(out / victim)
+        with patch.object(cache, "write_whole", write), patch.object(outputs, "write_whole", write):
             prepare.main([*arguments, "--out", str(out)])
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == EXIT_CODE, victim
@@ -77,14 +72,15 @@ def main(out: Path, arguments: list[str]) -> None:
             for place, victim in KILLED.items():
                 kill(out / place, arguments, victim)
             assert prepare.main([*arguments, "--out", str(out / "alone")]) == RowsRejected.exit_code
-    ranks = setup(commands.Inference().section)
+    ranks = setup(policies.Inference().section)
     with (
         patch.object(prepare, "setup", lambda section: ranks),
         patch.object(Ranks, "leave", lambda self: None),
         patch.object(commands, "SECONDS_FOR_RANK_0", 0),
     ):
         for name in ("together", *KILLED):
-            assert prepare.main([*arguments, "--out", str(out / name)]) == RowsRejected.exit_code
+            code = RowsRejected.exit_code if ranks.is_main else 0
+            assert prepare.main([*arguments, "--out", str(out / name)]) == code
         # A rank that cannot go on alone takes the others along.
         with patch.object(prepare, "_encode_prompts", refuse) if ranks.is_main else nullcontext():
             assert prepare.main([*arguments, "--out", str(out / "refused")]) == InputError.exit_code

@@ -12,12 +12,13 @@ import torch
 from conftest import TINY_MODELS, prepare_here
 from model_helpers import placement
 
-from ds_inpaint.cache import Cell, check_encoders, digest, read_json_lines, write_shard
+from ds_inpaint.cache import Cell, check_encoders, digest, write_shard
 from ds_inpaint.data import load
 from ds_inpaint.errors import InputError
 from ds_inpaint.framing import Framing
 from ds_inpaint.models.flux import Flux
 from ds_inpaint.models.sd import SD
+from ds_inpaint.outputs import read_json_lines
 from ds_inpaint.rows import read_rows
 from ds_inpaint.sampling import encode
 

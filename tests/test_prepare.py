@@ -16,11 +16,12 @@ from conftest import TINY_MODELS, prepare_here
 from PIL import Image
 from prepare_worker import KILLED
 
-from ds_inpaint.cache import read_json_lines, read_manifest
+from ds_inpaint.cache import read_manifest
 from ds_inpaint.data import load
 from ds_inpaint.datasets.jsonl import Jsonl
 from ds_inpaint.errors import RowsRejected
 from ds_inpaint.framing import Framing
+from ds_inpaint.outputs import read_json_lines
 from ds_inpaint.rows import read_rows
 
 FLUX = ["--model", TINY_MODELS / "flux", "model.text_tokens=16", "engine.precision=fp32", "data.size=32"]
@@ -111,7 +112,7 @@ def test_other_settings_do_not_mix_with_what_is_there(prepared, data, capsys, se
     before = contents(out)
     assert prepare_here("--data", data, "--out", out, *FLUX, *SPLIT, setting) == 2
     message = capsys.readouterr().err
-    assert f"holds a dataset prepared in another way ({told}" in message
+    assert f"was begun in another way ({told}" in message
     assert message.count(" there, ") == 1 + message.count("rows_sha256")  # a row knows its size and fit
     assert contents(out) == before
 
@@ -153,7 +154,7 @@ def test_a_shard_that_is_not_whole_is_made_again(prepared, data, tmp_path, damag
 def test_foreign_folders_and_files_are_left_alone(data, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert prepare_here("--data", data, "--out", tmp_path, *FLUX) == 2
-    assert "is not empty and was not made by prepare" in capsys.readouterr().err
+    assert "is not empty and is not the work of this command" in capsys.readouterr().err
     assert prepare_here("--data", data, "--out", tmp_path / "notes.txt", *FLUX) == 2
     assert "notes.txt is a file" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [tmp_path / "notes.txt"]
