@@ -67,11 +67,10 @@ class BlackedOut:
 
 @dataclass(frozen=True)
 class RunLengths:
-    """Runs of pixels to fill in the flattened mask."""
+    """Runs of pixels to fill in the flattened mask, which has the size of the image."""
 
     runs: tuple[int, ...]
     """start, length, start, length, ...; the first pixel is number ``first``."""
-    size: Pixels
     order: Literal["C", "F"]
     """C: row after row; F: column after column."""
     first: int
@@ -81,19 +80,23 @@ class RunLengths:
 
     def read(self, frame: Frame, source: str) -> Tensor:
         """See ``HoleSource``."""
-        _check_size(self.size, frame, str(self), source)
-        return frame_hole(stencil_of(self.decode(source)), frame)
+        return frame_hole(stencil_of(self.decode(frame.found, source)), frame)
 
-    def decode(self, source: str) -> Tensor:
+    def decode(self, size: Pixels, source: str) -> Tensor:
         """The mask as it was written, bool [H, W].
+
+        Args:
+            size: height and width of the image; run lengths do not say for which size they were written.
+            source: where they stand, for messages.
 
         Raises:
             UnusablePicture: a run is incomplete or leaves the picture.
         """
-        height, width = self.size
-        starts, lengths = torch.tensor(self.runs[::2]) - self.first, torch.tensor(self.runs[1::2])
-        bounded = len(starts) == len(lengths) and bool(
-            (starts >= 0).all() and (lengths >= 0).all() and (starts + lengths <= height * width).all()
+        height, width = size
+        starts, lengths = [start - self.first for start in self.runs[::2]], self.runs[1::2]
+        bounded = len(starts) == len(lengths) and all(
+            start >= 0 and length >= 0 and start + length <= height * width
+            for start, length in zip(starts, lengths, strict=True)
         )
         if not bounded:
             raise UnusablePicture(
@@ -101,11 +104,9 @@ class RunLengths:
                 f"{width}x{height} pixels. Check the file, or tell how it counts.",
                 "bad run lengths",
             )
-        # +1 where a run starts and -1 behind it: the running sum is positive inside.
-        edges = torch.zeros(height * width + 1, dtype=torch.int32)
-        edges.index_add_(0, starts, torch.ones_like(starts, dtype=torch.int32))
-        edges.index_add_(0, starts + lengths, -torch.ones_like(starts, dtype=torch.int32))
-        flat = edges.cumsum(0)[:-1] > 0
+        flat = torch.zeros(height * width, dtype=torch.bool)
+        for start, length in zip(starts, lengths, strict=True):
+            flat[start : start + length] = True
         return flat.view(height, width) if self.order == "C" else flat.view(width, height).mT.contiguous()
 
 

@@ -19,7 +19,7 @@ class Problem:
     """Why a row of a dataset cannot be used."""
 
     source: str
-    """Where it stands, as ``file:line``, or the file alone."""
+    """Where it stands, as ``file:line``, ``file[key]`` in a JSON that is one value, or the file alone."""
     kind: str
     """A word or two that problems of the same kind share, such as ``missing file``."""
     reason: str
