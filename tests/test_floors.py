@@ -20,6 +20,7 @@ FLOORS = (
     "values denoising samplers",
     "rewards images data distributed adapters models embedded_server plots tracking",
     "reward_traffic reward_channel reward_failover reward_routes reward_wire reward_lane reward_client",
+    "resharding tensor_file checkpoint_files stored_checkpoint",
     "optimizer zero_config shards slots checkpoints sharded_load engine",
     "rollout heldout results alarms algorithm",
     "algorithms",
