@@ -1,36 +1,45 @@
-"""Checkpoints of an engine: DeepSpeed's own files, the weight slots, and what else each rank needs to continue."""
+"""From an engine to a checkpoint on disk and back, with as many ranks and in the ZeRO stage of the moment."""
 
 from __future__ import annotations
 
-import io
-import os
-from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ds_inpaint.slots import Slots  # first: it lets DeepSpeed choose its accelerator
+from ds_inpaint.shards import Shards  # first: it lets DeepSpeed choose its accelerator
 
 # isort: split
 import deepspeed
 
+from ds_inpaint.checkpoint_files import (
+    MASTERS,
+    OPTIMIZER,
+    SLOT,
+    Layout,
+    Manifest,
+    NotSaved,
+    begin,
+    discard,
+    draft_of,
+    file_of,
+    finish,
+    writing,
+)
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import InputError
+from ds_inpaint.optimizer import STATE, memory_of, restore_memory, steps_of
+from ds_inpaint.resharding import flat_sizes
+from ds_inpaint.slots import EMA, Slots
+from ds_inpaint.stored_checkpoint import StoredCheckpoint
+from ds_inpaint.tensor_file import FileInfo, size_of, write
+from ds_inpaint.values import PRECISIONS
 
-
-@dataclass(frozen=True)
-class Layout:
-    """What a checkpoint and the engine that continues from it have in common."""
-
-    ranks: int
-    zero_stage: int
-    precision: str
-    trained_elements: int
-    """Elements of the trained weights that one rank stores, padding included."""
-    some_frozen: bool
-    ema: bool
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,55 +47,126 @@ class Checkpoints:
     """Saves and restores one engine; both methods are collective."""
 
     engine: deepspeed.DeepSpeedEngine
+    optimizer: torch.optim.Optimizer
+    """The update rule inside the engine."""
+    shards: Shards
     slots: Slots
     ranks: Ranks
     layout: Layout
 
-    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Write ``folder/tag``; ``folder/latest`` names it once every rank has finished."""
-        self.engine.save_checkpoint(
-            str(folder), tag, save_latest=False, exclude_frozen_parameters=self.layout.some_frozen
-        )
-        own, slots = self._own_files(folder / tag)
-        torch.save({"layout": asdict(self.layout), "state": state}, own)
-        self.slots.save(slots)
-        self.ranks.barrier()
-        if self.ranks.is_main:
-            (folder / "latest.tmp").write_text(tag)
-            os.replace(folder / "latest.tmp", folder / "latest")
-        self.ranks.barrier()
+    def __post_init__(self) -> None:
+        found, known = [master.numel() for master in self.shards.masters], flat_sizes(self.layout.division)
+        if found != known:
+            raise RuntimeError(
+                f"DeepSpeed {deepspeed.__version__} divides weights into {found} elements, resharding.py into {known}."
+            )
 
-    def load(self, folder: Path, tag: str | None) -> dict[str, Any]:
-        """Restore ``folder/tag``, or the latest one, and return what this rank gave to ``save``.
+    def save(self, target: Path, state: Mapping[str, Any]) -> bool:
+        """Write the folder ``target``, or nothing; returns whether it was written."""
+        quantities = self._quantities()
+        tensors = {f"{name}/{i}": flat.view(-1) for name, flats in quantities.items() for i, flat in enumerate(flats)}
+        if self.ranks.rank >= self.layout.writers:
+            tensors = {}
+        name = file_of(self.ranks.rank)
+        size = sum(self.ranks.gather(size_of(tensors)))
+        own = {}
+        try:
+            with self.ranks.together():
+                if self.ranks.is_main:
+                    begin(target, size)
+            with self.ranks.together(), writing(target):
+                if tensors:
+                    own[name] = write(draft_of(target) / name, tensors)
+            files = {file: info for part in self.ranks.gather(own) for file, info in part.items()}
+            with self.ranks.together():
+                if self.ranks.is_main:
+                    finish(target, self._manifest(quantities, state, files))
+        except NotSaved as problem:
+            if self.ranks.is_main:
+                discard(target)
+                LOG.warning("NO CHECKPOINT WAS SAVED, and the run goes on. %s", problem)
+            return False
+        return True
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Restore from the folder of a checkpoint; returns the ``state`` that was given to ``save``.
 
         Raises:
-            InputError: on every rank, if there is no such checkpoint or it has another layout.
+            InputError: on every rank, if it is damaged or of another model or optimizer.
         """
-        latest = folder / "latest"
-        tag = tag or (latest.read_text() if latest.exists() else "latest")
-        self.ranks.stop_together(self._problem_of(folder / tag))
-        own, slots = self._own_files(folder / tag)
-        state = torch.load(own, weights_only=True)["state"]
-        with redirect_stdout(io.StringIO()):
-            self.engine.load_checkpoint(str(folder), tag, load_module_strict=not self.layout.some_frozen)
-        self.slots.load(slots, self.ranks.device)
-        return state
+        division, rank = self.layout.division, self.ranks.rank
+        with self.ranks.together():
+            stored = StoredCheckpoint.open(folder)
+            _refuse_other(folder, stored.manifest, self.layout, average=EMA in self.slots)
+            stored.verify(division, rank)
+        stored.read(MASTERS, self.shards.masters, division, rank)
+        self.shards.write(self.shards.masters)
+        copies = {
+            name: [torch.zeros_like(master, dtype=PRECISIONS[precision]) for master in self.shards.masters]
+            for name, precision in stored.manifest.quantities.items()
+            if name != MASTERS
+        }
+        for name, flats in copies.items():
+            stored.read(name, flats, division, rank)
+        for name in stored.manifest.slots:
+            self.slots.put(name, copies[f"{SLOT}{name}"])
+        self._restore_optimizer(copies, stored.manifest.counters)
+        return dict(stored.manifest.state)
 
-    def _own_files(self, target: Path) -> tuple[Path, Path]:
-        return target / f"rank{self.ranks.rank}.pt", target / f"slots.rank{self.ranks.rank}.safetensors"
+    def _quantities(self) -> dict[str, list[Tensor]]:
+        """Everything that is kept of the weights, by the name it has on disk."""
+        return {
+            MASTERS: list(self.shards.masters),
+            **{
+                f"{OPTIMIZER}{name}": [memory_of(self.optimizer, owner, name) for owner in self.shards.owners]
+                for name in STATE[self.layout.optimizer]
+            },
+            **{f"{SLOT}{name}": list(flats) for name, flats in self.slots.all().items()},
+        }
 
-    def _problem_of(self, target: Path) -> InputError | None:
-        own, _ = self._own_files(target)
-        if not own.exists():
-            return InputError(
-                f"{target} holds no checkpoint for {self.ranks.world_size} ranks. Give the folder of a run that "
-                f"has saved one, and start as many ranks as it had."
-            )
-        found = torch.load(own, weights_only=True)["layout"]
-        if found != asdict(self.layout):
-            return InputError(
-                f"The checkpoint {target} was written with {found}, and this run has {asdict(self.layout)}. "
-                "Resume with the same number of ranks, zero_stage, precision and trained weights, and with a "
-                "moving average (ema.decay) only if there was one."
-            )
-        return None
+    def _manifest(
+        self, quantities: Mapping[str, list[Tensor]], state: Mapping[str, Any], files: Mapping[str, FileInfo]
+    ) -> Manifest:
+        names = {dtype: name for name, dtype in PRECISIONS.items()}
+        counters = {
+            "global_steps": self.engine.global_steps,
+            "skipped_steps": self.engine.skipped_steps,
+            "optimizer_steps": steps_of(self.optimizer, self.shards.owners[0]),
+            "schedule": self.engine.lr_scheduler.state_dict(),
+        }
+        precisions = {name: names[flats[0].dtype] for name, flats in quantities.items()}
+        return Manifest(self.layout, precisions, counters, state, files)
+
+    def _restore_optimizer(self, copies: Mapping[str, list[Tensor]], counters: Mapping[str, Any]) -> None:
+        memories = {name: copies[f"{OPTIMIZER}{name}"] for name in STATE[self.layout.optimizer]}
+        if memories:
+            for i, owner in enumerate(self.shards.owners):
+                own = {name: flats[i] for name, flats in memories.items()}
+                restore_memory(self.optimizer, owner, counters["optimizer_steps"], own)
+        self.engine.lr_scheduler.load_state_dict(counters["schedule"])
+        for group, rate in zip(self.optimizer.param_groups, self.engine.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.engine.global_steps = counters["global_steps"]
+        self.engine.skipped_steps = counters["skipped_steps"]
+
+
+def _refuse_other(folder: Path, there: Manifest, here: Layout, average: bool) -> None:
+    """The number of ranks and the ZeRO stage may be others; what is trained, and how, may not."""
+    shapes, own_shapes = dict(there.layout.parameters), dict(here.parameters)
+    compared = {
+        "precision": (there.layout.precision, here.precision),
+        "optimizer": (there.layout.optimizer, here.optimizer),
+        "a moving average (ema.decay)": (EMA in there.slots, average),
+        **{
+            f"trained weight {name}": (shapes.get(name, "none"), own_shapes.get(name, "none"))
+            for name in sorted(shapes.keys() | own_shapes.keys())
+        },
+        "order of the trained weights": (list(shapes), list(own_shapes)),
+    }
+    differences = [f"{what}: {before} there, {now} here" for what, (before, now) in compared.items() if before != now]
+    if differences:
+        raise InputError(
+            f"The checkpoint {folder} is of another run: {'; '.join(differences[:4])}. Resume with the same model, "
+            f"precision and optimizer, and with a moving average only if there was one; the number of ranks and "
+            f"engine.zero_stage may change."
+        )

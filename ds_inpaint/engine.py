@@ -21,7 +21,8 @@ from ds_inpaint.zero_config import EngineSection, deepspeed_config  # first: it 
 # isort: split
 import deepspeed
 
-from ds_inpaint.checkpoints import Checkpoints, Layout
+from ds_inpaint.checkpoint_files import Layout
+from ds_inpaint.checkpoints import Checkpoints
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.optimizer import OptimizerSection, build_optimizer, clip_and_skip, learning_rate_factor
 from ds_inpaint.shards import find_shards
@@ -79,20 +80,22 @@ class Engine:
         self._swapped = False
         self._backwards = 0
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._deepspeed = _initialize(module, trained, section, optimizer, ranks.device, total_steps, leaf_classes)
+        plain = build_optimizer(optimizer, trained, ranks.device)
+        self._deepspeed = _initialize(module, plain, section, optimizer, ranks.device, total_steps, leaf_classes)
         shards = find_shards(self._deepspeed, section, trained)
         self._slots = Slots(shards)
         if ema.decay:
             self._slots.keep_masters(EMA)
+        names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         layout = Layout(
-            ranks=ranks.world_size,
             zero_stage=section.zero_stage,
+            ranks=ranks.world_size,
             precision=section.precision,
-            trained_elements=sum(shard.numel() for shard in shards.weights),
-            some_frozen=len(trained) < len(list(module.parameters())),
-            ema=ema.decay > 0,
+            optimizer=optimizer.name,
+            parameters=tuple(zip(names, shards.shapes, strict=True)),
+            groups=tuple(shards.groups),
         )
-        self._checkpoints = Checkpoints(self._deepspeed, self._slots, ranks, layout)
+        self._checkpoints = Checkpoints(self._deepspeed, plain, shards, self._slots, ranks, layout)
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """The module's forward.
@@ -188,39 +191,37 @@ class Engine:
                     whole[name] = tensor.detach().to("cpu", copy=True)
         return whole if self.ranks.is_main else None
 
-    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Write a checkpoint ``folder/tag`` from which ``load`` continues bit for bit.
+    def save(self, checkpoint: Path, state: dict[str, Any]) -> bool:
+        """Write a checkpoint from which ``load`` continues bit for bit: all slots are in it, frozen weights are not.
 
-        ``folder/latest`` names it once every rank has finished, so a run killed while saving
-        resumes from the one before. All slots are in it; frozen weights are not.
+        The folder ``checkpoint`` appears when it is whole. Where the disk has no room for it or fails, nothing of it
+        stays, rank 0 warns, and training can go on.
 
         Args:
-            state: what else this rank needs to continue: tensors, numbers, strings, and lists,
-                tuples and dicts of them. Each rank gets its own back.
+            state: what else the caller needs to continue, as JSON; that of rank 0 is kept.
+
+        Returns:
+            whether it was saved.
         """
         self._require_idle("save()")
         if self._backwards:
             raise RuntimeError("save() between backward() and step() would lose the gradient: step first.")
-        self._checkpoints.save(folder, tag, state)
+        return self._checkpoints.save(checkpoint, state)
 
-    def load(self, folder: Path, tag: str | None = None) -> dict[str, Any]:
+    def load(self, checkpoint: Path) -> dict[str, Any]:
         """Continue from a checkpoint written by ``save``, in an engine that has not trained yet.
 
-        Its module must have the same frozen weights as the one that was saved. DeepSpeed unpickles
-        its files, so load only checkpoints you trust.
-
-        Args:
-            tag: which checkpoint of ``folder``; the latest one when ``None``.
+        Its module must have the same frozen weights as the one that was saved. The number of ranks and the ZeRO
+        stage may be others.
 
         Returns:
-            the ``state`` this rank gave to ``save``.
+            the ``state`` that rank 0 gave to ``save``.
 
         Raises:
-            InputError: on every rank, if there is no such checkpoint or it was written by another
-                number of ranks, ZeRO stage or precision, for another number of trained weights, or
-                with and without a moving average.
+            InputError: on every rank, if there is no such checkpoint, it is damaged, or it was written in another
+                precision, for other trained weights or another optimizer, or with or without a moving average.
         """
-        return self._checkpoints.load(folder, tag)
+        return self._checkpoints.load(checkpoint)
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers; the engine cannot be used afterwards."""
@@ -236,15 +237,14 @@ class Engine:
 
 def _initialize(
     module: nn.Module,
-    trained: Sequence[nn.Parameter],
+    plain: torch.optim.Optimizer,
     section: EngineSection,
     optimizer: OptimizerSection,
     device: torch.device,
     total_steps: int,
     leaf_classes: Sequence[str],
 ) -> deepspeed.DeepSpeedEngine:
-    """DeepSpeed's engine around ``module``, with the optimizer and learning-rate schedule of the recipe."""
-    plain = build_optimizer(optimizer, trained, device)
+    """DeepSpeed's engine around ``module``, with an optimizer and the learning-rate schedule of the recipe."""
     if section.zero_stage == 0:
         clip_and_skip(plain, section.max_grad_norm)
     with redirect_stdout(io.StringIO()):  # ZeRO-1 prints how much memory it takes.

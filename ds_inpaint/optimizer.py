@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ds_inpaint.keys import key
 
@@ -45,6 +45,27 @@ def build_optimizer(
         weight_decay=section.weight_decay,
         fused=device.type == "cuda",
     )
+
+
+STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+"""What each update rule remembers of every weight. AdamW also counts its steps, the same for all weights."""
+
+
+def steps_of(optimizer: torch.optim.Optimizer, owner: Tensor) -> float:
+    """Steps that AdamW has counted for a parameter; 0 for other rules."""
+    return float(optimizer.state.get(owner, {}).get("step", 0.0))
+
+
+def memory_of(optimizer: torch.optim.Optimizer, owner: Tensor, name: str) -> Tensor:
+    """What the rule remembers of a parameter under one name of ``STATE``; zeros before its first step."""
+    return optimizer.state.get(owner, {}).get(name, torch.zeros_like(owner))
+
+
+def restore_memory(optimizer: torch.optim.Optimizer, owner: Tensor, steps: float, memories: dict[str, Tensor]) -> None:
+    """Let AdamW go on from ``steps`` steps and these memories."""
+    # Its fused form, for GPUs, counts on the device.
+    device = owner.device if optimizer.defaults["fused"] else "cpu"
+    optimizer.state[owner] = {"step": torch.tensor(steps, device=device), **memories}
 
 
 def learning_rate_factor(section: OptimizerSection, step: int, total_steps: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ds_inpaint import schema
+from ds_inpaint.checkpoint_files import numbers
 from ds_inpaint.errors import InputError
 from ds_inpaint.recipe import Recipe
 
@@ -13,8 +14,8 @@ CHANGEABLE = {
     *("rewards.servers", "rewards.timeout_seconds", "rewards.retry_seconds", "rewards.max_invalid_fraction"),
     *("rewards.tls_ca", "rewards.tls_certificate", "rewards.tls_key", "rewards.token_file"),
     "rewards.allow_changed_scorers",
-    *("engine.micro_batch", "engine.activation_checkpointing", "engine.gather_once", "engine.timeout_minutes"),
-    *("engine.reduce_bucket", "engine.prefetch_bucket"),
+    *("engine.zero_stage", "engine.micro_batch", "engine.activation_checkpointing", "engine.gather_once"),
+    *("engine.timeout_minutes", "engine.reduce_bucket", "engine.prefetch_bucket"),
     *("evaluation.every", "checkpoint.every", "checkpoint.keep", "tracking.wandb", "tracking.project"),
 }
 """Keys that a continued run may change: they alter neither what is learned nor what is compared at the end."""
@@ -29,13 +30,12 @@ def open_run_folder(recipe: Recipe) -> None:
         InputError: another recipe's run is there, or a longer one, or the folder cannot be made.
     """
     folder, file = recipe.run.dir, recipe.run.dir / "recipe.yaml"
-    latest, metrics = folder / "checkpoints" / "latest", folder / "metrics.jsonl"
-    if latest.exists():
+    done, metrics = numbers(folder / "checkpoints"), folder / "metrics.jsonl"
+    if done:
         _refuse_other_recipe(file, recipe)
-        # A checkpoint is named after the iterations behind it.
-        _refuse_longer_run(int(latest.read_text()), recipe)
+        _refuse_longer_run(done[-1], recipe)
     try:
-        if not latest.exists() and metrics.exists() and metrics.read_text():
+        if not done and metrics.exists() and metrics.read_text():
             print(f"{folder} held a run without a checkpoint; it was moved to {_move_aside(folder)}.", flush=True)
         for child in ("samples", "checkpoints"):
             (folder / child).mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,12 @@ class Shards:
     """In the precision that the module computes in. To change them, call ``write``."""
     masters: Sequence[Tensor]
     """The same weights in fp32, as the optimizer holds them; in fp32 runs they may be the same tensors."""
+    owners: Sequence[Tensor]
+    """For each master the tensor by which the optimizer finds its state."""
+    shapes: Sequence[tuple[int, ...]]
+    """Of the trained parameters, each whole."""
+    groups: Sequence[int]
+    """Numbers of consecutive parameters that share a flat tensor; see ``resharding.Division``."""
     before_write: Callable[[], None]
     after_write: Callable[[], None]
 
@@ -48,17 +54,19 @@ def find_shards(engine: deepspeed.DeepSpeedEngine, section: EngineSection, train
     """
     if section.zero_stage == 0:
         weights = [parameter.data for parameter in trained]
-        return Shards(weights, weights, _nothing, _nothing)
+        return Shards(weights, weights, trained, _shapes(trained), [1] * len(trained), _nothing, _nothing)
     if section.zero_stage == 3:
         return _of_zero3(engine.optimizer)
     # ZeRO-1 in bf16 has an optimizer of its own.
     if section.zero_stage == 1 and section.precision == "bf16":
         return _of_partitions(
+            trained,
             engine.optimizer.bf16_groups_flat,
             engine.optimizer.bf16_partitioned_groups,
             engine.optimizer.fp32_groups_flat_partition,
         )
     return _of_partitions(
+        trained,
         engine.optimizer.bit16_groups_flat,
         engine.optimizer.parallel_partitioned_bit16_groups,
         engine.optimizer.single_partition_of_fp32_groups,
@@ -69,6 +77,9 @@ def _of_zero3(optimizer: deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_St
     return Shards(
         weights=optimizer.fp16_partitioned_groups_flat,
         masters=[master.data for master in optimizer.fp32_partitioned_groups_flat],
+        owners=optimizer.fp32_partitioned_groups_flat,
+        shapes=[tuple(parameter.ds_shape) for group in optimizer.fp16_groups for parameter in group],
+        groups=[len(group) for group in optimizer.fp16_groups],
         # A weight that is still gathered would go on being used after its shard has changed.
         before_write=optimizer.checkpoint_event_prologue,
         after_write=optimizer.checkpoint_event_epilogue,
@@ -76,7 +87,10 @@ def _of_zero3(optimizer: deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_St
 
 
 def _of_partitions(
-    whole: Sequence[Tensor], partitions: Sequence[Sequence[Tensor]], masters: Sequence[nn.Parameter]
+    trained: Sequence[nn.Parameter],
+    whole: Sequence[Tensor],
+    partitions: Sequence[Sequence[Tensor]],
+    masters: Sequence[nn.Parameter],
 ) -> Shards:
     """ZeRO-1 and ZeRO-2: every rank holds all weights in flat tensors, and updates its partition of them."""
     rank = deepspeed.comm.get_rank()
@@ -86,7 +100,12 @@ def _of_partitions(
         for flat, partition in zip(whole, own, strict=True):
             deepspeed.comm.all_gather_into_tensor(flat, partition)
 
-    return Shards(own, [master.data for master in masters], before_write=_nothing, after_write=gather)
+    flat = [master.data for master in masters]
+    return Shards(own, flat, masters, _shapes(trained), [len(trained)], before_write=_nothing, after_write=gather)
+
+
+def _shapes(trained: Sequence[nn.Parameter]) -> list[tuple[int, ...]]:
+    return [tuple(parameter.shape) for parameter in trained]
 
 
 def _nothing() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ds_inpaint.keys import key
@@ -70,15 +68,13 @@ class Slots:
         finally:
             self._shards.write(policy)
 
-    def save(self, file: Path) -> None:
-        """Write all slots of this rank."""
-        save_file({f"{name}/{i}": shard for name, slot in self._slots.items() for i, shard in enumerate(slot)}, file)
+    def put(self, name: str, shards: list[Tensor]) -> None:
+        """Let these tensors, shaped like the shards, be a slot."""
+        self._slots[name] = shards
 
-    def load(self, file: Path, device: torch.device) -> None:
-        """Read what ``save`` wrote; slots that it does not hold stay."""
-        shards = load_file(file, device=str(device))
-        for name in {shard.rpartition("/")[0] for shard in shards}:
-            self._slots[name] = [shards[f"{name}/{i}"] for i in range(len(self._shards.weights))]
+    def all(self) -> Mapping[str, Sequence[Tensor]]:
+        """The tensors of every slot."""
+        return self._slots
 
     def clear(self) -> None:
         """Forget all slots."""

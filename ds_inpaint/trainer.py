@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from ds_inpaint.alarms import holdout_alarms
 from ds_inpaint.cache import check_encoders
+from ds_inpaint.checkpoint_files import at, drop_old, newest
 from ds_inpaint.data import rows_of_iteration
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.engine import Engine
@@ -142,20 +142,16 @@ class TrainingRun:
         """Folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
-    def latest_checkpoint(self) -> str | None:
-        """Name of the newest whole checkpoint; None before the first."""
-        latest = self.checkpoints / "latest"
-        return latest.read_text() if latest.exists() else None
-
     def resume(self) -> Progress:
         """Load the newest checkpoint, if there is one.
 
         Raises:
-            InputError: a scorer has changed since it was saved, and the recipe does not allow that.
+            InputError: it is damaged, or a scorer has changed since it was saved and the recipe does not allow that.
         """
-        if not self.ranks.broadcast(self.latest_checkpoint()):
+        checkpoint = self.ranks.broadcast(newest(self.checkpoints))
+        if checkpoint is None:
             return Progress()
-        state = self.engine.load(self.checkpoints)
+        state = self.engine.load(checkpoint)
         with self.ranks.together():
             self.rewards.require_same_scorers(state["scorers"])
         return Progress(**state["progress"])
@@ -259,19 +255,21 @@ class TrainingRun:
         try:
             yield
         except (RewardsUnavailable, InputError):
-            if progress.done > 0 and self.ranks.broadcast(self.latest_checkpoint()) != f"{progress.done:06d}":
+            if progress.done > 0:
                 self.save(progress)
             raise
 
     def save(self, progress: Progress) -> None:
-        """Checkpoint the weights, where the run stands and who scored it, and drop the oldest checkpoints."""
+        """Checkpoint the weights, where the run stands and who scored it, and drop the oldest checkpoints.
+
+        Weights that have a checkpoint already, since the run was stopped before they were evaluated, get no second.
+        """
+        target = at(self.checkpoints, progress.done)
+        if self.ranks.broadcast(target.exists()):
+            return
         state = {"progress": asdict(progress), "scorers": self.rewards.fingerprints}
-        self.engine.save(self.checkpoints, f"{progress.done:06d}", state)
-        if self.ranks.is_main:
-            # A higher number is the torn remains of a save that a kill interrupted.
-            whole = sorted(tag for tag in self.checkpoints.glob("[0-9]*") if int(tag.name) <= progress.done)
-            for old in whole[: -self.recipe.checkpoint.keep]:
-                shutil.rmtree(old)
+        if self.engine.save(target, state) and self.ranks.is_main:
+            drop_old(self.checkpoints, self.recipe.checkpoint.keep)
 
     def finish(self) -> None:
         """Export the model, draw the pictures and say what was reached and where it lies."""

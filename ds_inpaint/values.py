@@ -24,6 +24,9 @@ from ds_inpaint.processes import Process
 
 E = TypeVar("E")
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Numbers that a model can be trained in, by the name that recipes and checkpoints give them."""
+
 
 @dataclass(frozen=True)
 class Triple:

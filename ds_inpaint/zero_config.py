@@ -21,6 +21,7 @@ import deepspeed
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import InputError
 from ds_inpaint.keys import Impossible, key
+from ds_inpaint.values import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class EngineSection:
     @property
     def dtype(self) -> torch.dtype:
         """What ``precision`` names."""
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision]
+        return PRECISIONS[self.precision]
 
 
 def setup(section: EngineSection) -> Ranks:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-from engine_worker import FP32, SGD, bitwise, message, relative_error, same, slot
+from engine_worker import FP32, SGD, bitwise, message, relative_error, same, slot, without_padding
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ from ds_inpaint.models.sd import SD
 from ds_inpaint.optimizer import OptimizerSection
 from ds_inpaint.sharded_load import INDEX, WHOLE, create
 from ds_inpaint.slots import EMA, Ema
+from ds_inpaint.stored_checkpoint import read_weights
 from ds_inpaint.zero_config import EngineSection, setup
 
 ADAMW = OptimizerSection(learning_rate=0.01)
@@ -223,21 +224,20 @@ def check_adapter_resume(
     engine, _ = start(network, base, section, ADAMW, ranks, adapted=True)
     engine.save_slot("start")
     update(engine, 0)
-    engine.save(folder, "000001", {})
+    engine.save(folder / "000001", {})
     second = update(engine, 1)
-    end, slots = engine.state_dict(), slot(engine, EMA) + slot(engine, "start")
+    end, slots = engine.state_dict(), [without_padding(engine, slot(engine, name)) for name in (EMA, "start")]
     engine.close()
     engine, _ = start(network, base, section, ADAMW, ranks, adapted=True)
-    engine.load(folder)
+    engine.load(folder / "000001")
     again = update(engine, 1)
     found = {
         "same_update": again == second,
         "same_weights": same(engine.state_dict(), end),
-        "same_slots": bitwise(slot(engine, EMA) + slot(engine, "start"), slots),
+        "same_slots": bitwise([without_padding(engine, slot(engine, name)) for name in (EMA, "start")], slots),
+        "saved": list(read_weights(folder / "000001", EMA)),
     }
     engine.close()
-    saved = [torch.load(file, weights_only=False)["module"] for file in (folder / "000001").glob("*model_states.pt")]
-    found["saved"] = sorted({name for names in saved for name in names})
     return found
 
 

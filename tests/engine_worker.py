@@ -1,16 +1,25 @@
 """One rank of the engine tests: runs every check once and leaves what it measured for test_engine.py.
 
-python tests/engine_worker.py FOLDER      (as one of two ranks, or alone when RANK is not set)
+python tests/engine_worker.py FOLDER [BEFORE]     (as one of two ranks, or alone when RANK is not set)
+
+BEFORE is the folder of a worker of another number of ranks, from whose checkpoints this one goes on.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
+import os
+import resource
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +28,7 @@ from ds_inpaint.distributed import Ranks
 from ds_inpaint.engine import Engine, StepInfo
 from ds_inpaint.errors import DsInpaintError, InputError, PlanMismatch, RewardsUnavailable
 from ds_inpaint.optimizer import OptimizerSection
+from ds_inpaint.resharding import pieces
 from ds_inpaint.slots import EMA, NO_EMA, Ema
 from ds_inpaint.zero_config import EngineSection, setup
 
@@ -36,6 +46,13 @@ SECTIONS = {
     "zero2_bf16": replace(FP32, zero_stage=2, precision="bf16"),
     "zero3_bf16": replace(FP32, precision="bf16"),
 }
+CHAINS = (
+    ("zero3", "zero2", "zero1", "zero0", "zero3"),
+    ("zero3_bf16", "zero2_bf16", "zero1_bf16", "zero3_bf16"),
+)
+"""Stages that go on from each other's checkpoints."""
+ELSEWHERE = {"zero3": "zero2", "zero2_bf16": "zero3_bf16"}
+"""Section of one rank -> that of the two ranks which go on from its checkpoint."""
 SAMPLES = 16
 MICRO_BATCHES = 4
 LARGE, SMALL_ONES = 1024, 64
@@ -113,6 +130,12 @@ def same(one: dict[str, Tensor] | None, other: dict[str, Tensor] | None) -> bool
     if one is None or other is None:
         return one is other
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def without_padding(engine: Engine, shards: Sequence[Tensor]) -> Tensor:
+    """The elements of this rank's shards that belong to weights."""
+    held = pieces(engine._checkpoints.layout.division, engine.ranks.rank)
+    return torch.cat([shards[piece.flat].view(-1)[piece.offset :][: piece.length] for piece in held])
 
 
 def bitwise(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -197,7 +220,7 @@ def check_guards(section: EngineSection, ranks: Ranks) -> dict[str, str]:
     found["forward_step"] = message(RuntimeError, engine.step)
     found["forward_slot"] = message(RuntimeError, lambda: engine.weights("start").__enter__())
     engine.backward(loss)
-    found["save_before_step"] = message(RuntimeError, lambda: engine.save(Path("nowhere"), "tag", {}))
+    found["save_before_step"] = message(RuntimeError, lambda: engine.save(Path("nowhere"), {}))
     found["rollout_after_backward"] = message(RuntimeError, lambda: outputs(engine))
     found["step"] = message(RuntimeError, engine.step)
     engine.close()
@@ -281,32 +304,34 @@ def check_rarer_average(ranks: Ranks) -> bool:
     return found
 
 
+def two_updates(engine: Engine, first: int) -> list[tuple[float, StepInfo]]:
+    return [(accumulate(engine, seed), engine.step()) for seed in (first, first + 1)]
+
+
 def check_resume(section: EngineSection, ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Two updates, a checkpoint and two more; then the last two again from the checkpoint."""
-
-    def two_updates(engine: Engine, first: int) -> list[tuple[float, StepInfo]]:
-        return [(accumulate(engine, seed), engine.step()) for seed in (first, first + 1)]
-
     engine = start(section, ADAMW, ranks, ema=Ema(DECAY))
     engine.save_slot("start")
     with engine.weights("start"):
         start_outputs = outputs(engine)
     first = two_updates(engine, 0)
-    engine.save(folder, "000002", {"iterations": 2, "draws": torch.arange(2) + ranks.rank})
+    saved = engine.save(folder / "000002", {"iterations": 2, "draws": [0.1, None]})
+    middle = engine.state_dict()
     second = two_updates(engine, 2)
-    end, average = engine.state_dict(), slot(engine, EMA)
+    end, average = engine.state_dict(), without_padding(engine, slot(engine, EMA))
     engine.close()
 
     engine = start(section, ADAMW, ranks, seed=1, ema=Ema(DECAY))
-    state = engine.load(folder)
+    state = engine.load(folder / "000002")
+    found = {"saved": saved, "state": state, "same_cast": same(engine.state_dict(), middle)}
     again = two_updates(engine, 2)
-    found = {
+    found |= {
         "losses": [loss for loss, _ in first + second],
         "rates": [step.learning_rate for _, step in first + second],
-        "state": state,
         "same_updates": again == second,
         "same_weights": same(engine.state_dict(), end),
-        "same_average": bitwise(slot(engine, EMA), average),
+        "same_average": torch.equal(without_padding(engine, slot(engine, EMA)), average),
+        "end": end,
     }
     with engine.weights("start"):
         found["same_slot"] = torch.equal(outputs(engine), start_outputs)
@@ -314,18 +339,73 @@ def check_resume(section: EngineSection, ranks: Ranks, folder: Path) -> dict[str
     return found
 
 
-def check_refusals(ranks: Ranks, folder: Path) -> dict[str, str]:
-    """Checkpoints that cannot be continued."""
-    engine = start(FP32, SGD, ranks, ema=Ema(DECAY))
-    found = {
-        "no_folder": message(InputError, lambda: engine.load(folder / "nowhere")),
-        "other_stage": message(InputError, lambda: engine.load(folder / "zero2")),
-    }
-    engine.close()
-    engine = start(FP32, SGD, ranks)
-    found["other_average"] = message(InputError, lambda: engine.load(folder / "zero3"))
+def go_on(section: EngineSection, ranks: Ranks, before: Path, after: Path) -> dict[str, Any]:
+    """From a checkpoint of another stage or number of ranks: saved again at once, then the updates after it."""
+    engine = start(section, ADAMW, ranks, seed=1, ema=Ema(DECAY))
+    engine.load(before)
+    engine.save(after, {})
+    steps = [step for _, step in two_updates(engine, 2)]
+    found = {"before": before, "after": after, "steps": steps, "end": engine.state_dict()}
     engine.close()
     return found
+
+
+def check_stages(chain: Sequence[str], ranks: Ranks, folder: Path) -> list[dict[str, Any]]:
+    """From stage to stage, on as many ranks."""
+    checkpoint, found = folder / chain[0] / "000002", []
+    for name in chain[1:]:
+        found.append(go_on(SECTIONS[name], ranks, checkpoint, folder / "chains" / f"{chain[0]}_{len(found)}" / name))
+        checkpoint = found[-1]["after"]
+    return found
+
+
+def check_refusals(ranks: Ranks, folder: Path) -> dict[str, str]:
+    """Checkpoints that cannot be continued."""
+    checkpoint = folder / "zero3" / "000002"
+    engine = start(FP32, SGD, ranks)
+    found = {
+        "no_folder": message(InputError, lambda: engine.load(folder / "nowhere" / "000002")),
+        "other_run": message(InputError, lambda: engine.load(checkpoint)),
+    }
+    engine.close()
+    engine = Engine(nn.Linear(3, 2), FP32, ADAMW, ranks, total_steps=8, ema=Ema(DECAY))
+    found["other_weights"] = message(InputError, lambda: engine.load(checkpoint))
+    engine.close()
+    damaged = folder / "damaged" / "000002"
+    if ranks.is_main:
+        shutil.copytree(checkpoint, damaged)
+        with (damaged / "rank1.safetensors").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"!")
+    ranks.barrier()
+    engine = start(FP32, ADAMW, ranks, ema=Ema(DECAY))
+    found["damaged"] = message(InputError, lambda: engine.load(damaged))
+    engine.close()
+    return found
+
+
+def check_full_disk(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """One rank cannot write its file, then none has room; the run goes on, and saves when it can."""
+    told = StringIO()
+    handler = logging.StreamHandler(told)
+    logging.getLogger("ds_inpaint").addHandler(handler)
+    engine = start(FP32, ADAMW, ranks)
+    target, limits = folder / "000001", resource.getrlimit(resource.RLIMIT_FSIZE)
+    if ranks.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    found: dict[str, Any] = {"full": engine.save(target, {})}
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    ranks.barrier()
+    found["left"] = sorted(child.name for child in folder.iterdir())
+    ranks.barrier()
+    with patch.object(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2000)):
+        found["no_room"] = engine.save(target, {})
+    accumulate(engine)
+    found["step"] = engine.step()
+    found["later"] = engine.save(target, {})
+    engine.close()
+    logging.getLogger("ds_inpaint").removeHandler(handler)
+    return found | {"told": told.getvalue()}
 
 
 def check_not_finite(section: EngineSection, ranks: Ranks) -> dict[str, Any]:
@@ -363,7 +443,7 @@ def check_many_micro_batches(section: EngineSection, ranks: Ranks) -> float:
     return ratio
 
 
-def check_all(ranks: Ranks, folder: Path) -> dict[str, Any]:
+def check_all(ranks: Ranks, folder: Path, before: Path) -> dict[str, Any]:
     fp32 = {name: section for name, section in SECTIONS.items() if section.precision == "fp32"}
     bf16 = {name: section for name, section in SECTIONS.items() if section.precision == "bf16"}
     stages = {name: section for name, section in SECTIONS.items() if not section.gather_once}
@@ -375,7 +455,13 @@ def check_all(ranks: Ranks, folder: Path) -> dict[str, Any]:
         "average": {name: check_average(section, ranks) for name, section in stages.items()},
         "rarer_average": check_rarer_average(ranks),
         "resume": {name: check_resume(section, ranks, folder / name) for name, section in stages.items()},
+        "stages": {chain[0]: check_stages(chain, ranks, folder) for chain in CHAINS},
+        "more_ranks": {
+            name: go_on(SECTIONS[other], ranks, before / name / "000002", folder / "more_ranks" / name)
+            for name, other in ELSEWHERE.items()
+        },
         "refusals": check_refusals(ranks, folder),
+        "full_disk": check_full_disk(ranks, folder / "full_disk"),
         "not_finite": {name: check_not_finite(section, ranks) for name, section in stages.items()},
         "many_micro_batches": {name: check_many_micro_batches(section, ranks) for name, section in bf16.items()},
     }
@@ -388,20 +474,31 @@ def check_one_process(ranks: Ranks, folder: Path) -> dict[str, Any]:
         "sum": ranks.sum(torch.tensor([3.0])),
         "failure": message(InputError, lambda: ranks.stop_together(InputError("No recipe."))),
         "update": check_update(FP32, ranks),
-        "resume": check_resume(FP32, ranks, folder),
+        "resume": {name: check_resume(SECTIONS[name], ranks, folder / name) for name in ELSEWHERE},
     }
 
 
-def main(folder: Path) -> None:
+def check_fewer_ranks(ranks: Ranks, folder: Path, before: Path) -> dict[str, Any]:
+    return {
+        name: go_on(SECTIONS[name], ranks, before / "more_ranks" / name, folder / "fewer_ranks" / name)
+        for name in ELSEWHERE
+    }
+
+
+def main(folder: Path, before: Path | None = None) -> None:
     torch.set_num_threads(1)
     ranks = setup(FP32)
     # DeepSpeed collects garbage for every engine, which is slow with its half a million lasting objects.
     start(SECTIONS["zero1"], SGD, ranks).close()
     gc.freeze()
-    checks = check_one_process if ranks.world_size == 1 else check_all
-    torch.save(checks(ranks, folder), folder / f"found{ranks.rank}.pt")
+    if before is None:
+        found = check_one_process(ranks, folder)
+    else:
+        checks = check_fewer_ranks if ranks.world_size == 1 else check_all
+        found = checks(ranks, folder, before)
+    torch.save(found, folder / f"found{ranks.rank}.pt")
     ranks.leave()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_worker import FP32, LARGE, SECTIONS, SMALL_ONES
+from engine_worker import CHAINS, ELSEWHERE, FP32, LARGE, SECTIONS, SMALL_ONES
 
 from ds_inpaint.errors import InputError
 from ds_inpaint.keys import Impossible
 from ds_inpaint.optimizer import OptimizerSection, learning_rate_factor
+from ds_inpaint.resharding import undivided
+from ds_inpaint.stored_checkpoint import StoredCheckpoint
+from ds_inpaint.values import PRECISIONS
 from ds_inpaint.zero_config import EngineSection, deepspeed_config, setup
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -24,7 +27,7 @@ STAGE_NAMES = [name for name, section in SECTIONS.items() if not section.gather_
 BF16_NAMES = [name for name, section in SECTIONS.items() if section.precision == "bf16"]
 
 
-def run_workers(folder, world_size):
+def run_workers(folder, world_size, before=None):
     """What each rank found; PATH is empty, so nothing can be compiled, and nothing may be printed."""
     (folder / "no_compiler").mkdir()
     bare = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
@@ -36,7 +39,12 @@ def run_workers(folder, world_size):
             probe.bind(("127.0.0.1", 0))
             bare |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
         bare["WORLD_SIZE"] = str(world_size)
-    command = [sys.executable, Path(__file__).with_name("engine_worker.py"), folder]
+    command = [
+        sys.executable,
+        Path(__file__).with_name("engine_worker.py"),
+        folder,
+        *([] if before is None else [before]),
+    ]
     workers = []
     for rank in range(world_size):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
@@ -55,8 +63,53 @@ def run_workers(folder, world_size):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return run_workers(tmp_path_factory.mktemp("two_ranks"), world_size=2)
+def folders(tmp_path_factory):
+    """Of one rank, of the two ranks that go on from its checkpoints, and of one that goes on from theirs."""
+    return [tmp_path_factory.mktemp(name) for name in ("one_rank", "two_ranks", "one_again")]
+
+
+@pytest.fixture(scope="module")
+def alone(folders):
+    [alone] = run_workers(folders[0], world_size=1)
+    return alone
+
+
+@pytest.fixture(scope="module")
+def found(alone, folders):
+    return run_workers(folders[1], world_size=2, before=folders[0])
+
+
+@pytest.fixture(scope="module")
+def alone_again(found, folders):
+    [alone_again] = run_workers(folders[2], world_size=1, before=folders[1])
+    return alone_again
+
+
+def whole(checkpoint):
+    """Everything that a checkpoint keeps of the weights, parameter by parameter."""
+    stored = StoredCheckpoint.open(checkpoint)
+    layout = stored.manifest.layout
+    kept = {}
+    for name, precision in stored.manifest.quantities.items():
+        tensors = [torch.empty(shape, dtype=PRECISIONS[precision]) for _, shape in layout.parameters]
+        stored.read(name, tensors, undivided(layout.division.sizes), 0)
+        kept |= {(name, parameter): tensor for (parameter, _), tensor in zip(layout.parameters, tensors, strict=True)}
+    return kept
+
+
+def assert_goes_on(link, straight, bf16):
+    """That a checkpoint became another bit for bit, and the updates after it those of the undisturbed run."""
+    before, after = whole(link["before"]), whole(link["after"])
+    assert before.keys() == after.keys()
+    assert {name for name, _ in after} == {
+        *("masters", "optimizer.exp_avg", "optimizer.exp_avg_sq", "slot.ema", "slot.start"),
+    }
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    if bf16:
+        assert after["slot.start", "head.weight"].dtype == torch.bfloat16
+    assert [step.updates for step in link["steps"]] == [3, 4]
+    for name, end in straight["end"].items():
+        torch.testing.assert_close(link["end"][name], end, rtol=0.02 if bf16 else 1e-5, atol=0.02 if bf16 else 1e-6)
 
 
 def test_control_plane(found):
@@ -133,24 +186,64 @@ def test_average_of_every_second_update(found):
 
 @pytest.mark.parametrize("name", STAGE_NAMES)
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(found, name):
-    for number, rank in enumerate(found):
+    for rank in found:
         resume = rank["resume"][name]
+        assert resume["saved"]
+        assert resume["same_cast"]
         assert resume["same_updates"]
         assert resume["same_weights"]
         assert resume["same_slot"]
         assert resume["same_average"]
-        assert resume["state"]["iterations"] == 2
-        assert resume["state"]["draws"].tolist() == [number, number + 1]
+        assert resume["state"] == {"iterations": 2, "draws": [0.1, None]}
         assert len(set(resume["losses"])) == 4
         assert resume["rates"] == pytest.approx([0.025, 0.05, 0.05, 0.05 * (1 + math.cos(math.pi / 6)) / 2])
 
 
-def test_checkpoints_that_do_not_fit_are_refused(found):
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_run_goes_on_in_any_stage(found, chain):
+    for link in found[0]["stages"][chain[0]]:
+        assert_goes_on(link, found[0]["resume"][chain[0]], "bf16" in chain[0])
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_run_goes_on_with_any_number_of_ranks(alone, found, alone_again, name):
+    assert_goes_on(found[0]["more_ranks"][name], alone["resume"][name], "bf16" in name)
+    assert_goes_on(alone_again[name], alone["resume"][name], "bf16" in name)
+
+
+def test_a_checkpoint_without_zero_is_one_file(found, folders):
+    assert len(found) == 2
+    for name, files in {"zero0": ["rank0"], "zero3": ["rank0", "rank1"]}.items():
+        checkpoint = folders[1] / name / "000002"
+        assert sorted(file.stem for file in checkpoint.glob("*.safetensors")) == files
+
+
+def test_checkpoints_that_do_not_fit_are_refused(found, folders):
     for rank in found:
-        assert "holds no checkpoint for 2 ranks" in rank["refusals"]["no_folder"]
-        assert "'zero_stage': 2" in rank["refusals"]["other_stage"]
-        assert "'zero_stage': 3" in rank["refusals"]["other_stage"]
-        assert "only if there was one" in rank["refusals"]["other_average"]
+        refusals = rank["refusals"]
+        assert "nowhere/000002/checkpoint.json does not describe a checkpoint" in refusals["no_folder"]
+        assert (
+            "optimizer: adamw there, sgd here; a moving average (ema.decay): True there, False"
+            in (refusals["other_run"])
+        )
+        assert "trained weight bias: none there, (2,) here" in refusals["other_weights"]
+        assert f"Rank 1: {folders[1] / 'damaged' / '000002' / 'rank1.safetensors'} is damaged" in refusals["damaged"]
+
+
+def test_a_full_disk_does_not_end_the_run(found):
+    for number, rank in enumerate(found):
+        full = rank["full_disk"]
+        assert (full["full"], full["no_room"], full["later"]) == (False, False, True)
+        assert full["left"] == []
+        assert full["step"].applied
+        if number == 0:
+            first, second = full["told"].splitlines()
+            assert "NO CHECKPOINT WAS SAVED" in first
+            assert "Rank 1: " in first
+            assert "File too large" in first
+            assert "the disk has 0.000 GB left" in second
+        else:
+            assert full["told"] == ""
 
 
 @pytest.mark.parametrize("name", STAGE_NAMES)
@@ -170,15 +263,15 @@ def test_bf16_gradients_are_summed_in_fp32(found, name):
     assert found[0]["many_micro_batches"][name] == pytest.approx(LARGE + SMALL_ONES, rel=tolerance)
 
 
-def test_one_process_needs_no_launcher(tmp_path):
-    [alone] = run_workers(tmp_path, world_size=1)
+def test_one_process_needs_no_launcher(alone):
     assert alone["ranks"] == (0, 1, 0)
     assert alone["gather"] == ["alone"]
     assert alone["sum"].tolist() == [3.0]
     assert alone["failure"] == "No recipe."
     assert alone["update"]["free_error"] < 1e-6
-    assert alone["resume"]["same_updates"]
-    assert alone["resume"]["same_weights"]
+    for resume in alone["resume"].values():
+        assert resume["same_updates"]
+        assert resume["same_weights"]
 
 
 def test_half_a_launcher_is_refused(monkeypatch):

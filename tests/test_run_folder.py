@@ -16,13 +16,13 @@ def reopen(recipe, tmp_path):
     def open_twice(first: list[str], second: list[str]) -> None:
         settings = [f"run.dir={tmp_path / 'run'}", "run.iterations=4"]
         open_run_folder(load_recipe(recipe, [*settings, *first], 1))
-        (tmp_path / "run" / "checkpoints" / "latest").write_text("000002")
+        (tmp_path / "run" / "checkpoints" / "000002").mkdir()
         open_run_folder(load_recipe(recipe, [*settings, *first, *second], 1))
 
     return open_twice
 
 
-@pytest.mark.parametrize("change", ["run.iterations=9", "engine.micro_batch=1", "rewards.retry_seconds=7"])
+@pytest.mark.parametrize("change", ["run.iterations=9", "engine.zero_stage=1", "rewards.retry_seconds=7"])
 def test_what_changes_nothing_that_is_learned_may_change(reopen, change):
     reopen([], [change])
 
