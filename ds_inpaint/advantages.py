@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_inpaint.masks import size_class
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -93,11 +95,6 @@ def _scale(groups: Groups, spread: str, eps: float) -> Tensor:
     return torch.ones((), dtype=torch.float64)
 
 
-def mask_size(area: float) -> str:
-    """Class of a hole by the share of the pixels it takes: small below 0.1, large from 0.3, medium between."""
-    return "small" if area < 0.1 else "large" if area >= 0.3 else "medium"
-
-
 def group_metrics(rewards_N: Tensor, judgement: Judgement, areas_N: Tensor, group_size: int) -> dict[str, float]:
     """Raw reward and its spread inside groups, over all of them and by the size of their masks; vetoes and silence.
 
@@ -106,7 +103,7 @@ def group_metrics(rewards_N: Tensor, judgement: Judgement, areas_N: Tensor, grou
     valid_N = judgement.valid_N
     groups, learned = (group_statistics(each, valid_N, group_size) for each in (rewards_N, judgement.utilities_N))
     judged_B = groups.takes_part_BG.any(1)
-    sizes = [mask_size(area) for area in areas_N.view(-1, group_size)[:, 0].tolist()]
+    sizes = [size_class(area) for area in areas_N.view(-1, group_size)[:, 0].tolist()]
     metrics = {
         "reward/mean": float(rewards_N[valid_N].mean()),
         "reward/std": float(rewards_N[valid_N].std()),

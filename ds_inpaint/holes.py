@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ds_inpaint.errors import UnusablePicture
 from ds_inpaint.framing import Frame, Pixels
-from ds_inpaint.images import frame_hole, open_image, stencil_of, whole
+from ds_inpaint.images import frame_hole, inside, open_image, open_labels, stencil_of, whole
+from ds_inpaint.masks import Masks, draw_hole, object_hole
 
 
 class HoleSource(Protocol):
@@ -108,6 +109,53 @@ class RunLengths:
         for start, length in zip(starts, lengths, strict=True):
             flat[start : start + length] = True
         return flat.view(height, width) if self.order == "C" else flat.view(width, height).mT.contiguous()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A hole drawn at random, the same one whenever it is asked for."""
+
+    masks: Masks
+    name: str
+    """Decides the draw, with ``masks.seed``."""
+
+    def __str__(self) -> str:
+        return "the drawn hole"
+
+    def read(self, frame: Frame, source: str) -> Tensor:
+        """See ``HoleSource``; drawn on what is left of the picture, so that no crop loses it."""
+        shown_1HW = inside(frame)
+        rows, columns = shown_1HW[0].any(1), shown_1HW[0].any(0)
+        hole = draw_hole(self.masks, int(rows.sum()), int(columns.sum()), self.name)
+        return shown_1HW.masked_scatter(shown_1HW, torch.from_numpy(hole))
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """One object of a segmentation of the picture, an image of whole numbers: 0 is background."""
+
+    path: Path
+    masks: Masks
+    name: str
+    """Decides which object, with ``masks.seed``."""
+
+    def __str__(self) -> str:
+        return f"the chosen object of {self.path}"
+
+    def read(self, frame: Frame, source: str) -> Tensor:
+        """See ``HoleSource``."""
+        labels_HW = open_labels(self.path, source)
+        height, width = labels_HW.shape
+        _check_size((height, width), frame, f"segmentation {self.path}", source)
+        hole_HW = object_hole(labels_HW.numpy(), self.masks, self.name)
+        if hole_HW is None:
+            low, high = self.masks.area
+            raise UnusablePicture(
+                f"{source}: no object of {self.path} covers {low:.0%} to {high:.0%} of the picture, as masks.area "
+                f"asks. Widen it, or remove the picture.",
+                "no fitting object",
+            )
+        return frame_hole(stencil_of(torch.from_numpy(hole_HW)), frame)
 
 
 def _check_size(found: Pixels, frame: Frame, what: str, source: str) -> None:

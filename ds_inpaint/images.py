@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
@@ -19,6 +20,8 @@ MOST_PIXELS = 85_000_000
 """Larger images are refused before they are decoded: they would take gigabytes. Pillow warns beyond."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 """Of the files that are taken for pictures in a folder, in any case of their letters."""
+LABELS = ("1", "L", "P", "I", "I;16")
+"""Modes of Pillow with one whole number for a pixel."""
 ORIENTATION = 0x0112
 """EXIF tag: how a picture lies in its file."""
 TURNS = {
@@ -49,12 +52,25 @@ def image_size(path: Path, source: str) -> Pixels:
         return (image.width, image.height) if lies else (image.height, image.width)
 
 
-def open_image(path: Path, mode: str, source: str) -> Image.Image:
-    """Decode an image, upright, in Pillow's ``mode``; for the arguments and errors see ``image_size``."""
+def open_image(path: Path, mode: str | None, source: str) -> Image.Image:
+    """Decode an image, upright, in Pillow's ``mode`` or its own; for the arguments and errors see ``image_size``."""
     with _opened(path, source) as image:
         # Not by Pillow's exif_transpose: it writes the EXIF data anew, and fails if any of them are odd.
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-        return (image if turn is None else image.transpose(turn)).convert(mode)
+        upright = image if turn is None else image.transpose(turn)
+        return upright.copy() if mode is None else upright.convert(mode)
+
+
+def open_labels(path: Path, source: str) -> Tensor:
+    """The numbers of a segmentation, int32 [H, W]: of its palette if it has one; for the rest see ``image_size``."""
+    image = open_image(path, None, source)
+    if image.mode not in LABELS:
+        raise UnusablePicture(
+            f"{source}: {path} has pixels of kind {image.mode}; a segmentation has one whole number for each "
+            f"({', '.join(LABELS)}).",
+            "no segmentation",
+        )
+    return torch.from_numpy(np.array(image).astype(np.int32))
 
 
 def whole(image: Image.Image) -> Tensor:

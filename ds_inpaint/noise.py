@@ -9,14 +9,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def generator(*purpose: int | str) -> torch.Generator:
     """A CPU generator seeded by a hash of ``purpose``; equal purposes give equal draws anywhere."""
+    return torch.Generator().manual_seed(_seed(purpose))
+
+
+def numpy_generator(*purpose: int | str) -> np.random.Generator:
+    """The same in NumPy, for draws that are no tensors."""
+    return np.random.default_rng(_seed(purpose))
+
+
+def _seed(purpose: tuple[int | str, ...]) -> int:
     digest = hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return int.from_bytes(digest, "big") >> 1
 
 
 def sample_noise(

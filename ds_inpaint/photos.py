@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 
 from ds_inpaint.errors import DsInpaintError, InputError
 from ds_inpaint.images import write_png
+from ds_inpaint.masks import box, ellipse, strokes
 
 Split = Literal["train", "heldout"]
 
@@ -209,35 +209,8 @@ def random_mask(random: np.random.Generator) -> NDArray[np.bool_]:
     The covered part is drawn uniformly from ``MASK_AREA``, up to the rounding to whole pixels.
     """
     area = random.uniform(*MASK_AREA)
-    shape = random.integers(3)
-    if shape == 2:
-        return _stroke(area, random)
-    aspect = math.exp(random.uniform(-math.log(2), math.log(2)))
-    if shape == 1:
-        area *= 4 / math.pi
-        aspect = min(max(aspect, area), 1 / area)
-    height, width = SIDE * math.sqrt(area * aspect), SIDE * math.sqrt(area / aspect)
-    top, left = random.uniform(0, SIDE - height), random.uniform(0, SIDE - width)
-    rows, columns = np.ogrid[0.5:SIDE, 0.5:SIDE]
-    y, x = (rows - top) / height * 2 - 1, (columns - left) / width * 2 - 1
-    return (x**2 + y**2 <= 1) if shape == 1 else (np.abs(x) <= 1) & (np.abs(y) <= 1)
-
-
-def _stroke(area: float, random: np.random.Generator) -> NDArray[np.bool_]:
-    """A wandering brush that stops once it covers ``area``."""
-    rows, columns = np.ogrid[:SIDE, :SIDE]
-    radius = random.uniform(0.06, 0.12) * SIDE
-    position = random.uniform(0.2, 0.8, size=2) * SIDE
-    heading = random.uniform(0, 2 * math.pi)
-    hole_HW = np.zeros((SIDE, SIDE), dtype=np.bool_)
-    while hole_HW.mean() < area:
-        hole_HW |= (rows - position[0]) ** 2 + (columns - position[1]) ** 2 <= radius**2
-        heading += random.normal(0, 0.35)
-        position = position + radius / 4 * np.array([math.sin(heading), math.cos(heading)])
-        if position.min() < 0 or position.max() >= SIDE:
-            position = position.clip(0, SIDE - 1)
-            heading = random.uniform(0, 2 * math.pi)
-    return hole_HW
+    kind = (box, ellipse, strokes)[random.integers(3)]
+    return kind(SIDE, SIDE, area, random)
 
 
 def draw_crops(split: Split, random: np.random.Generator) -> list[Crop]:

@@ -120,6 +120,14 @@ def _own(folder: Path, name: str, framing: Framing) -> Results:
     )
 
 
+def framing_flags(folder: Path) -> dict[str, str | None]:
+    """The settings of data that the pictures of a folder were made with, as far as it says."""
+    if not (folder / PLAN).is_file():
+        return {}
+    framing = json.loads((folder / PLAN).read_text(encoding="utf-8"))["framing"]
+    return {f"data.{name}": json.dumps(value) for name, value in framing.items()}
+
+
 def names_of(folders: Sequence[Path]) -> list[str]:
     """A name for each folder: its own, with as much of its path as tells it from the others."""
     depth = 1

@@ -95,6 +95,12 @@ def _path_flags(path: str) -> dict[str, str | None]:
     return {"model.path": path}
 
 
+def recipe_of(model: str) -> Path | None:
+    """The recipe of the run that ``--model`` names, if it names one."""
+    found = Path(model) / RECIPE
+    return found if found.is_file() else None
+
+
 def layout_flags(data: Path, typed: Sequence[str]) -> dict[str, str | None]:
     """What ``--data`` stands for: its layout, unless a setting names it."""
     named = any(setting.startswith(("layout=", "layout.name=")) for setting in typed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from ds_inpaint.datasets.brushbench import BrushBench
 from ds_inpaint.datasets.editbench import EditBench
 from ds_inpaint.datasets.folders import Folders
 from ds_inpaint.datasets.jsonl import Jsonl
-from ds_inpaint.errors import InputError
+from ds_inpaint.datasets.pictures import Pictures
+from ds_inpaint.errors import InputError, UnusablePicture
 from ds_inpaint.framing import Framing
+from ds_inpaint.masks import Masks
 from ds_inpaint.rows import find_layout, layouts, read_rows, scan
 
 SIZE = (24, 16)
@@ -123,6 +126,16 @@ def write_jsonl(folder):
     Image.fromarray(ragged_mask()).save(folder / "m.png")
     (folder / "rows.jsonl").write_text(json.dumps({"image": "a.png", "mask": "m.png", "prompt": "a cat"}))
     return folder / "rows.jsonl"
+
+
+def write_pictures(folder):
+    """Two pictures, one of them below, with the same objects."""
+    for name in ("a_red-car", "below/b"):
+        draw(folder / f"{name}.jpg")
+        (folder / f"segments/{name}.png").parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(ragged_mask().astype(np.uint8) * 7).save(folder / f"segments/{name}.png")
+    (folder / "below/b.txt").write_text("a prompt beside it\n")
+    return folder
 
 
 COPIES = {
@@ -336,3 +349,48 @@ def test_training_rows_are_read_through_the_same_files(tmp_path):
     (row,) = read_rows(write_jsonl(tmp_path), WHOLE)
     assert np.array_equal(read(row)[1], ragged_mask())
     assert Jsonl().scan(tmp_path / "rows.jsonl", WHOLE).triples[0].id == row.id
+
+
+# Pictures without masks
+
+
+def test_pictures_get_drawn_holes_and_the_prompt_that_lies_beside_them(tmp_path):
+    layout = Pictures(caption="{name} in {folder}", masks_per_picture=2)
+    write_pictures(tmp_path / "my_photos")
+    shutil.rmtree(tmp_path / "my_photos/segments")
+    assert find_layout(tmp_path / "my_photos") == "pictures"
+    found = scan(tmp_path / "my_photos", layout, WHOLE)
+    assert found.problems == ()
+    assert {triple.id: triple.prompt for triple in found.triples} == {
+        **dict.fromkeys(("a_red-car#0", "a_red-car#1"), "a red car in my photos"),
+        **dict.fromkeys(("below/b#0", "below/b#1"), "a prompt beside it"),
+    }
+    holes = [read(triple)[1] for triple in found.triples]
+    assert all(0.05 < hole.mean() < 0.45 for hole in holes)
+    assert len({hole.tobytes() for hole in holes}) == 4
+    assert [hole.tobytes() for hole in holes] == [
+        read(triple)[1].tobytes() for triple in scan(tmp_path / "my_photos", layout, WHOLE).triples
+    ]
+
+
+def test_holes_are_objects_of_a_segmentation_if_there_is_one(tmp_path):
+    folder = write_pictures(tmp_path)
+    shutil.move(folder / "segments", tmp_path.with_name(f"{tmp_path.name}-segments"))
+    segments = tmp_path.with_name(f"{tmp_path.name}-segments")
+    layout = Pictures(caption="{name}", segments=segments, masks=Masks(area=(0.2, 0.75)))
+    for triple in scan(folder, layout, WHOLE).triples:
+        assert np.array_equal(read(triple)[1], ragged_mask())
+    [small, _] = scan(folder, Pictures(caption="x", segments=segments, masks=Masks(area=(0.1, 0.2))), WHOLE).triples
+    with pytest.raises(UnusablePicture, match=r"no object of .* covers 10% to 20% of the picture"):
+        read(small)
+    Image.fromarray(np.zeros((*SIZE, 3), dtype=np.uint8)).save(segments / "a_red-car.png")
+    with pytest.raises(UnusablePicture, match="has pixels of kind RGB; a segmentation has one whole number"):
+        read(scan(folder, layout, WHOLE).triples[0])
+
+
+def test_pictures_without_any_prompt_are_told(tmp_path):
+    shutil.rmtree(write_pictures(tmp_path) / "segments")
+    found = scan(tmp_path, Pictures(), WHOLE)
+    assert [triple.id for triple in found.triples] == ["below/b#0"]
+    assert kinds(found) == ["missing caption"]
+    assert "there is no a_red-car.txt beside it. Add one, or" in found.problems[0].reason

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "errors keys pixels",
     "yaml_tree key_types schema framing",
-    "processes regions gaussian noise scores policy_gradient advantages preference ranks combiners "
+    "processes regions gaussian noise masks scores policy_gradient advantages preference ranks combiners "
     "fidelity brushnet_protocol statistics",
     "images holes",
     "values denoising sampling samplers",
