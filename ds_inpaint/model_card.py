@@ -68,9 +68,7 @@ def _what(recipe: Recipe, iteration: int, averaged: bool, adapter_only: bool) ->
     revision = "" if model.revision is None else f" (revision `{model.revision}`)"
     denoiser = "" if model.denoiser is None else f", with the denoiser of `{model.denoiser}`,"
     scorers = ", ".join(f"{name} x {weight:g}" for name, weight in recipe.rewards.weights.items()) or "none"
-    average = (
-        f"the moving average (decay {recipe.ema.decay:g}) of the weights" if averaged else "the weights themselves"
-    )
+    average = f"the moving average (decay {recipe.ema.decay:g})" if averaged else "the weights of the last update"
     return (
         f"{trained} of the inpainting model `{model.path}`{revision}{denoiser} trained by ds_inpaint with "
         f"{plain['algorithm']['name']}.\n\n"

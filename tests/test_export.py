@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from huggingface_hub import ModelCard
 from model_helpers import placement
 from safetensors.torch import load_file
 
-from ds_inpaint import export, schema
+from ds_inpaint import export, policies, sample, schema
 from ds_inpaint.adapters import LoRA, adapter_alone
 from ds_inpaint.checkpoint_files import at
 from ds_inpaint.distributed import Ranks
@@ -44,18 +45,14 @@ RUNS = {
     "other_unet": ("sft_sd", [*LORA, "model.denoiser=UNET", "engine.zero_stage=1"]),
 }
 """Recipe and overrides of each run on two ranks, in ZeRO-3 unless they say otherwise."""
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 PIPELINES = {"sd": StableDiffusionInpaintPipeline, "flux": FluxFillPipeline}
 LOADED_ALONE = """\
-import importlib.abc, sys
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in ("deepspeed", "ds_inpaint"):
-            raise ModuleNotFoundError("refused: " + name)
-sys.meta_path.insert(0, Refuse())
+import sys
+sys.modules.update(deepspeed=None, ds_inpaint=None)  # importing them fails
 import diffusers
 for folder in sys.argv[1:]:
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
-    print(type(pipeline).__name__)
+    print(type(diffusers.DiffusionPipeline.from_pretrained(folder)).__name__)
 """
 
 
@@ -127,15 +124,10 @@ def test_an_older_checkpoint_is_found_by_its_number(runs, tmp_path):
 
 
 def test_stock_diffusers_loads_exports_without_deepspeed(exported):
-    folders = [str(exported / name) for name in ("sd", "sd_lora", "flux", "flux_lora")]
-    done = subprocess.run([sys.executable, "-c", LOADED_ALONE, *folders], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == [
-        PIPELINES[name.partition("_")[0]].__name__ for name in RUNS if name in exported_names(folders)
-    ], done.stderr
-
-
-def exported_names(folders):
-    return [Path(folder).name for folder in folders]
+    names = ["sd", "sd_lora", "flux", "flux_lora"]
+    words = [sys.executable, "-c", LOADED_ALONE, *(str(exported / name) for name in names)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [PIPELINES[name.partition("_")[0]].__name__ for name in names], done.stderr
 
 
 @pytest.mark.parametrize("name", ["sd_lora", "flux_lora"])
@@ -228,32 +220,33 @@ def test_another_base_model_than_in_training_is_told(runs, tmp_path):
         export_checkpoint(at(run / "checkpoints", 1), tmp_path / "out")
 
 
-def test_a_kill_leaves_no_half_model(runs, tmp_path):
-    out = tmp_path / "out"
-    killed = "import os; from ds_inpaint import export; export.write_card = lambda *a, **k: os._exit(9); export.main()"
-    done = subprocess.run([sys.executable, "-c", killed, str(runs / "sd"), str(out)], timeout=120)
-    assert done.returncode == 9
+def test_an_interrupted_export_leaves_no_half_model_and_is_made_anew(runs, exported, tmp_path):
+    out, arguments = tmp_path / "out", [str(runs / "sd"), str(tmp_path / "out")]
+    with patch.object(export, "write_card", side_effect=KeyboardInterrupt):
+        assert export.main(arguments) == 130
     assert not out.exists()
-    assert (tmp_path / "out.tmp").exists()
-    export_checkpoint(at(runs / "sd" / "checkpoints", 1), out)
+    (tmp_path / "out.tmp" / "stale").touch()
+    assert export.main(arguments) == 0
     assert {each.name for each in tmp_path.iterdir()} == {"out"}
+    assert contents(out) == contents(exported / "sd")
 
 
-def test_a_checkpoint_is_a_model_for_other_commands(runs, exported, photos, tmp_path):
+def test_a_checkpoint_is_a_model_for_other_commands(runs, photos, tmp_path):
     arguments = [
-        *("tests/sample_worker.py", "--data", str(photos / "heldout.jsonl"), "draw.rows=2", "engine.precision=fp32"),
-        *("evaluation.sampler=", "sampler={name: ddim, steps: 2, eta: 0}"),
+        *("--data", str(photos / "heldout.jsonl"), "draw.rows=2", "engine.precision=fp32"),
+        "sampler={name: ddim, steps: 2, eta: 0}",
     ]
-    arguments.remove("evaluation.sampler=")
-    models = {"checkpoint": runs / "sd" / "checkpoints" / "000001", "export": runs / "sd"}
-    for name, model in models.items():
-        for ranks in (2, 1):  # the second time everything is there already
-            words = [*arguments, "--model", str(model), "--out", str(tmp_path / name)]
-            codes = [rank.wait(120) for rank in start_ranks(ranks, words, tmp_path / "log")]
-            assert codes == [0] * ranks, (tmp_path / "log").read_text()
+    at_checkpoint = ["--model", str(at(runs / "sd" / "checkpoints", 1)), "--out", str(tmp_path / "checkpoint")]
+    log = tmp_path / "log"
+    ranks = start_ranks(2, ["tests/sample_worker.py", *arguments, *at_checkpoint], log)
+    assert [rank.wait(120) for rank in ranks] == [0, 0], log.read_text()
+    with patch.object(sample, "setup", lambda section: ALONE):
+        with patch.object(policies, "export_checkpoint", side_effect=AssertionError):  # it is there already
+            assert sample.main([*arguments, *at_checkpoint]) == 0
+        assert sample.main([*arguments, "--model", str(runs / "sd"), "--out", str(tmp_path / "export")]) == 0
     [inner] = (tmp_path / "checkpoint" / "model").iterdir()
     assert contents(inner) == contents(runs / "sd" / "export")
-    pictures = [contents(tmp_path / name / "raw") for name in models]
+    pictures = [contents(tmp_path / name / "raw") for name in ("checkpoint", "export")]
     assert len(pictures[0]) == 2
     assert pictures[0] == pictures[1]
 
@@ -263,31 +256,25 @@ def test_a_model_that_is_given_drops_revision_and_denoiser_of_the_recipe(runs, s
     for model in (small_model, runs / "sd", checkpoint):
         chosen = choose_model(str(model), None, [], tmp_path)
         assert (chosen.flags["model.revision"], chosen.flags["model.denoiser"]) == ("", "")
-    chosen.export(Ranks(0, 1, 0, torch.device("cpu")))
+    chosen.export(ALONE)
     assert chosen.flags["model.path"] == str(chosen.exported)
     assert (chosen.exported / "model_index.json").is_file()
     assert chosen.recipe == runs.resolve() / "sd" / "recipe.yaml"
 
 
-def test_another_denoiser_is_trained_and_exported(runs, exported, other_unet, small_model):
+def test_another_denoiser_is_trained_and_exported(exported, other_unet, small_model):
     merged, start = denoiser(exported / "other_unet"), UNet2DConditionModel.from_pretrained(other_unet).state_dict()
     frozen = [name for name in start if "transformer_blocks" not in name]
     assert frozen
     assert all(torch.equal(merged[name], start[name]) for name in frozen)
     assert not all(torch.equal(merged[name], start[name]) for name in start)
-    pictures = [
-        SD(str(small_model), denoiser=each).load(placement_of(start)).fingerprints() for each in (None, other_unet)
-    ]
-    assert pictures[0]["unet"] != pictures[1]["unet"]
 
 
-def placement_of(weights):
-    def create(build, folder):
-        module = build()
-        module.load_state_dict(weights)
-        return module
-
-    return SimpleNamespace(**{**vars(placement()), "create": create})
+def test_another_denoiser_has_another_fingerprint(other_unet, small_model):
+    unread = replace(placement(), create=lambda build, folder: build())
+    own, other = (SD(str(small_model), denoiser=each).load(unread) for each in (None, other_unet))
+    assert own.encoders() == other.encoders()
+    assert own.fingerprints()["unet"] != other.fingerprints()["unet"]
 
 
 FAMILIES = {"sd": (SD, UNet2DConditionModel, "unet"), "flux": (Flux, FluxTransformer2DModel, "transformer")}
