@@ -127,7 +127,9 @@ def export_checkpoint(checkpoint: Path, out: Path, *, weights: str | None = None
     recipe = schema.load(run / RECIPE, [], Recipe).value
     if adapter_only and recipe.model.lora is None:
         raise InputError(f"--adapter-only: {run} trained the whole denoiser and has no adapters; leave the flag out.")
-    slot = EMA if weights == EMA or (weights is None and EMA in stored.manifest.slots) else None
+    if weights is None:
+        weights = EMA if EMA in stored.manifest.slots else POLICY
+    slot = None if weights == POLICY else weights
     trained = read_weights(checkpoint, slot)
     if adapter_only:
         write = partial(export_adapter, recipe.model.part, trained, recipe.model.lora)

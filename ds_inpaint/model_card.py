@@ -60,18 +60,18 @@ def _front_matter(recipe: Recipe, adapter_only: bool) -> dict[str, Any]:
 
 
 def _what(recipe: Recipe, iteration: int, averaged: bool, adapter_only: bool) -> str:
-    plain, model, lora = schema.plain(recipe), recipe.model, recipe.model.lora
-    trained = "All weights of the denoiser"
-    if lora is not None:
-        trained = f"Low-rank adapters of rank {lora.rank}"
-        trained += "" if adapter_only else ", merged into the denoiser here and alone in `lora/`,"
+    plain, model = schema.plain(recipe), recipe.model
+    trained = "all weights of the denoiser"
+    if model.lora is not None:
+        place = "here without the model" if adapter_only else "merged into the denoiser here, and alone in `lora/`"
+        trained = f"low-rank adapters of rank {model.lora.rank}, {place}"
     revision = "" if model.revision is None else f" (revision `{model.revision}`)"
-    denoiser = "" if model.denoiser is None else f", with the denoiser of `{model.denoiser}`,"
+    denoiser = "" if model.denoiser is None else f" with the denoiser of `{model.denoiser}`"
     scorers = ", ".join(f"{name} x {weight:g}" for name, weight in recipe.rewards.weights.items()) or "none"
     average = f"the moving average (decay {recipe.ema.decay:g})" if averaged else "the weights of the last update"
     return (
-        f"{trained} of the inpainting model `{model.path}`{revision}{denoiser} trained by ds_inpaint with "
-        f"{plain['algorithm']['name']}.\n\n"
+        f"The inpainting model `{model.path}`{revision}{denoiser}, trained by ds_inpaint with "
+        f"{plain['algorithm']['name']}: {trained}.\n\n"
         f"- iterations: {iteration} of {recipe.run.iterations}, {recipe.data.batch} triples of image, hole and prompt "
         f"in each\n"
         f"- rewards: {scorers}\n"
@@ -106,7 +106,7 @@ def _figure(row: dict[str, Any], name: str) -> str:
 
 def _use(recipe: Recipe, adapter_only: bool) -> str:
     model = recipe.model
-    [pipeline] = model.pipelines
+    pipeline = model.pipelines[0]
     load = f'pipeline = {pipeline}.from_pretrained("FOLDER", torch_dtype=torch.bfloat16)'
     if adapter_only:
         load = load.replace("FOLDER", model.path) + '\npipeline.load_lora_weights("FOLDER")'

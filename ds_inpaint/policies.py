@@ -102,8 +102,8 @@ def choose_model(model: str | None, recipe: Path | None, typed: Sequence[str], s
     if (folder / RECIPE).is_file() and not (folder / MODEL_INDEX).is_file():
         if not (folder / "export" / MODEL_INDEX).is_file():
             raise InputError(
-                f"--model: the run {folder} has no export, as it has not ended. Give one of its checkpoints, such as "
-                f"{folder / CHECKPOINTS / '000050'}."
+                f"--model: the run {folder} has no export, as it has not ended. Give one of its checkpoints, in "
+                f"{folder / CHECKPOINTS}."
             )
         return Chosen(recipe or folder / RECIPE, _path_flags(str(folder / "export")))
     family = None

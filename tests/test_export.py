@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import start_ranks
+from conftest import prepare_here, start_ranks
 from diffusers import FluxFillPipeline, FluxTransformer2DModel, StableDiffusionInpaintPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from model_helpers import placement
@@ -244,6 +244,9 @@ def test_a_checkpoint_is_a_model_for_other_commands(runs, photos, tmp_path):
         with patch.object(policies, "export_checkpoint", side_effect=AssertionError):  # it is there already
             assert sample.main([*arguments, *at_checkpoint]) == 0
         assert sample.main([*arguments, "--model", str(runs / "sd"), "--out", str(tmp_path / "export")]) == 0
+    more = ["data.size=32", "engine.precision=fp32"]
+    assert prepare_here(*arguments[:2], *at_checkpoint[:2], "--out", tmp_path / "prepared", *more) == 0
+    assert len(list((tmp_path / "prepared" / "model").iterdir())) == 1
     [inner] = (tmp_path / "checkpoint" / "model").iterdir()
     assert contents(inner) == contents(runs / "sd" / "export")
     pictures = [contents(tmp_path / name / "raw") for name in ("checkpoint", "export")]

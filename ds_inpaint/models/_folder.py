@@ -23,9 +23,7 @@ from ds_inpaint.values import Placement
 MODEL_INDEX = "model_index.json"
 PATH_DOC = "diffusers folder, or the name of a model on the Hugging Face hub."
 REVISION_DOC = "Commit or tag of a hub model; pin it for a run that must be repeatable."
-DENOISER_DOC = (
-    "Folder of a denoiser alone, as diffusers' save_pretrained writes it; used instead of that in model.path."
-)
+DENOISER_DOC = "Folder of a denoiser alone, as diffusers' save_pretrained writes it; taken in place of model.path's."
 LORA_DOC = "Train low-rank adapters beside the frozen model; left out, train the whole denoiser."
 
 WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
