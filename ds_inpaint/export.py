@@ -154,14 +154,14 @@ def _load(recipe: Recipe) -> Policy:
 def _completed(policy: Policy, trained: dict[str, Tensor], checkpoint: Path) -> dict[str, Tensor]:
     """All weights of the denoiser: those that were trained, and the frozen ones."""
     denoiser: Any = policy.denoiser
-    whole = denoiser.state_dict()
-    strange = [name for name, weight in trained.items() if name not in whole or whole[name].shape != weight.shape]
-    if strange:
+    here = {name: weight.shape for name, weight in denoiser.named_parameters() if weight.requires_grad}
+    there = {name: weight.shape for name, weight in trained.items()}
+    if differing := [name for name in {**there, **here} if there.get(name) != here.get(name)]:
         raise InputError(
-            f"{checkpoint} holds weights that the model of its recipe does not have, such as {strange[0]}. The model "
-            f"in model.path is another than it was in training; put that one back."
+            f"The recipe of {checkpoint} describes another model than the one that was trained: they differ in "
+            f"{differing[0]}. Put back what lies at model.path and model.denoiser, or the recipe."
         )
-    return {**whole, **trained}
+    return {**denoiser.state_dict(), **trained}
 
 
 @contextmanager

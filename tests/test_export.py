@@ -118,6 +118,7 @@ def test_the_weights_themselves_of_a_run_with_an_average_are_those_of_a_run_with
 def test_an_older_checkpoint_is_found_by_its_number(runs, tmp_path):
     run = runs / "sd_ema"
     assert find_checkpoint(run, None) == at(run / "checkpoints", 2)
+    (tmp_path / "x").mkdir()
     assert export.main([str(run), str(tmp_path / "x"), "--checkpoint", "1", "--weights", "ema"]) == 0
     export_checkpoint(at(run / "checkpoints", 1), tmp_path / "y")
     assert contents(tmp_path / "x") == contents(tmp_path / "y")
@@ -210,13 +211,17 @@ def test_a_run_without_checkpoints_and_a_checkpoint_without_a_run_are_told(runs,
         export_checkpoint(lonely, tmp_path / "out")
 
 
-def test_another_base_model_than_in_training_is_told(runs, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "before", "now"), [("sd", "path: PATH", "path: recipes/tiny/models/sd"), ("sd_lora", "rank: 4", "rank: 8")]
+)
+def test_another_model_than_in_training_is_told(runs, small_model, name, before, now, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(runs / "sd", run)
-    recipe = run / "recipe.yaml"
-    path = schema.load(recipe, [], Recipe).value.model.path
-    recipe.write_text(recipe.read_text().replace(path, "recipes/tiny/models/sd"))
-    with pytest.raises(InputError, match=r"holds weights that the model of its recipe does not have, such as "):
+    shutil.copytree(runs / name, run)
+    recipe = (run / "recipe.yaml").read_text()
+    changed = recipe.replace(before.replace("PATH", str(small_model)), now)
+    assert changed != recipe
+    (run / "recipe.yaml").write_text(changed)
+    with pytest.raises(InputError, match=r"describes another model than the one that was trained: they differ in "):
         export_checkpoint(at(run / "checkpoints", 1), tmp_path / "out")
 
 

@@ -129,6 +129,7 @@ class Flux:
         if problem := self._unfit(folder):
             raise InputError(f"model.path: {problem}")
         source = self.denoiser or folder / self.part
+        # The VAE of a hub model is known only now.
         if problem := self.denoiser_problem() or _fills_not(source, folder):
             raise InputError(f"model.denoiser: {problem}")
         transformer = create_denoiser(
