@@ -86,6 +86,11 @@ def file_of(rank: int) -> str:
     return f"rank{rank}.safetensors"
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a finished checkpoint."""
+    return (folder / MANIFEST).is_file() and not folder.name.endswith(DRAFT)
+
+
 def numbers(folder: Path) -> list[int]:
     """The iterations that have a checkpoint in this folder, in order; half-written ones do not count."""
     return sorted(int(child.name) for child in folder.glob("[0-9]*") if child.name.isdigit())

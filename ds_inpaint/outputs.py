@@ -18,6 +18,8 @@ from ds_inpaint.values import Triple
 PLAN = "plan.json"
 SAMPLES = "samples.jsonl"
 """Index of what ``sample`` drew; written last."""
+MODEL = "model"
+"""Where commands export the checkpoint that they are given."""
 PROBLEMS_TOLD = 10
 """How many rejected rows a message repeats; the file has all."""
 LONGEST_NAME = 120
@@ -63,7 +65,7 @@ def open_output(out: Path, plan: dict[str, Any], parts: Sequence[str]) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file; give a new folder.")
     if not file.exists():
-        if out.exists() and not {each.name for each in out.iterdir()} <= {*parts, f"{PLAN}.tmp"}:
+        if out.exists() and not {each.name for each in out.iterdir()} <= {*parts, MODEL, f"{PLAN}.tmp"}:
             raise InputError(f"--out: {out} is not empty and is not the work of this command; give a new folder.")
         for part in parts:
             (out / part).mkdir(parents=True, exist_ok=True)

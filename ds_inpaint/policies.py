@@ -11,17 +11,18 @@ import torch
 from torch import nn
 
 from ds_inpaint import schema
+from ds_inpaint.checkpoint_files import is_checkpoint
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import InputError
+from ds_inpaint.export import export_checkpoint
 from ds_inpaint.keys import key
 from ds_inpaint.models._folder import MODEL_INDEX, pipeline_class
 from ds_inpaint.rows import find_layout
+from ds_inpaint.run_folder import CHECKPOINTS, RECIPE
 from ds_inpaint.sharded_load import create
+from ds_inpaint.stored_checkpoint import StoredCheckpoint
 from ds_inpaint.values import Placement, Policy
 from ds_inpaint.zero_config import EngineSection
-
-RECIPE = "recipe.yaml"
-"""In the folder of a run."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,20 @@ class Chosen:
     """That of the run it belongs to."""
     flags: Mapping[str, str | None]
     """The settings that it amounts to."""
+    checkpoint: Path | None = None
+    """What must be exported before the model can be loaded, if it is a checkpoint."""
+    exported: Path | None = None
+    """Where to; the same folder for the same checkpoint alone."""
+
+    def export(self, ranks: Ranks) -> None:
+        """Export the checkpoint, unless that was done before; rank 0 does it, and the others wait.
+
+        Raises:
+            InputError: on all ranks together, if it cannot be exported.
+        """
+        with ranks.together():
+            if ranks.is_main and self.checkpoint and self.exported and not self.exported.exists():
+                export_checkpoint(self.checkpoint, self.exported)
 
 
 def choose_model(model: str | None, recipe: Path | None, typed: Sequence[str], scratch: Path) -> Chosen:
@@ -72,7 +87,7 @@ def choose_model(model: str | None, recipe: Path | None, typed: Sequence[str], s
         model: as it was typed; None leaves everything to the recipe.
         recipe: of the command line; it wins over that of a run.
         typed: settings of the command line.
-        scratch: where a checkpoint is to be exported.
+        scratch: folder for the export of a checkpoint, see ``Chosen.export``.
 
     Raises:
         InputError: it is none of these, or a run without an export.
@@ -80,9 +95,16 @@ def choose_model(model: str | None, recipe: Path | None, typed: Sequence[str], s
     if model is None:
         return Chosen(recipe, {})
     folder = Path(model)
+    if is_checkpoint(folder):
+        exported = scratch / StoredCheckpoint.open(folder).digest
+        own = folder.resolve().parents[1] / RECIPE
+        return Chosen(recipe or own, _path_flags(str(exported)), folder, exported)
     if (folder / RECIPE).is_file() and not (folder / MODEL_INDEX).is_file():
         if not (folder / "export" / MODEL_INDEX).is_file():
-            raise InputError(f"--model: the run {folder} has no export, as it has not ended.")
+            raise InputError(
+                f"--model: the run {folder} has no export, as it has not ended. Give one of its checkpoints, in "
+                f"{folder / CHECKPOINTS}."
+            )
         return Chosen(recipe or folder / RECIPE, _path_flags(str(folder / "export")))
     family = None
     if recipe is None and not any(setting.startswith("model.name=") for setting in typed):
@@ -92,7 +114,7 @@ def choose_model(model: str | None, recipe: Path | None, typed: Sequence[str], s
 
 def _path_flags(path: str) -> dict[str, str | None]:
     """Settings for a whole model, whatever else the recipe of its training says of where it came from."""
-    return {"model.path": path}
+    return {"model.path": path, "model.revision": "", "model.denoiser": ""}
 
 
 def recipe_of(model: str) -> Path | None:

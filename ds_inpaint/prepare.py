@@ -43,7 +43,7 @@ from ds_inpaint.errors import InputError, RowsRejected, UnusablePicture
 from ds_inpaint.framing import Framing
 from ds_inpaint.images import write_grid
 from ds_inpaint.keys import Impossible, door, key
-from ds_inpaint.outputs import as_row, json_lines, open_output, rows_digest, told, write_text
+from ds_inpaint.outputs import MODEL, as_row, json_lines, open_output, rows_digest, told, write_text
 from ds_inpaint.pixels import grey_holes
 from ds_inpaint.policies import Inference, choose_model, layout_flags, load_policy
 from ds_inpaint.rows import scan
@@ -95,16 +95,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     command = parser("ds_inpaint.prepare", __doc__, Preparation)
     command.add_argument("--data", type=Path, required=True, help="JSONL, folder of pictures, or benchmark")
-    command.add_argument("--model", help="folder in diffusers' layout, or name on the hub")
+    command.add_argument("--model", help="run, checkpoint, folder in diffusers' layout, or name on the hub")
     command.add_argument("--out", type=Path, required=True, help="folder of the prepared dataset")
     options = command.parse_intermixed_args(arguments)
 
     def body() -> None:
-        chosen = choose_model(options.model, options.recipe, options.settings, options.out / "model")
+        chosen = choose_model(options.model, options.recipe, options.settings, options.out / MODEL)
         flags = {**chosen.flags, **layout_flags(options.data, options.settings)}
         settings = read_settings(Preparation, chosen.recipe, flags, options.settings)
         ranks = setup(settings.engine.section)
-        leaving(ranks, lambda: prepare(settings, options.data, options.out, ranks))
+
+        def work() -> None:
+            chosen.export(ranks)
+            prepare(settings, options.data, options.out, ranks)
+
+        leaving(ranks, work)
 
     return run_command(body)
 

@@ -86,6 +86,8 @@ def load_recipe(path: Path, overrides: Sequence[str], world_size: int) -> Recipe
             raise loaded.error(name, _missing(file))
     if problem := recipe.model.problem():
         raise loaded.error("model.path", problem)
+    if problem := recipe.model.denoiser_problem():
+        raise loaded.error("model.denoiser", problem)
     for pixels in recipe.data.shapes:
         if problem := recipe.model.size_problem(*pixels):
             raise loaded.error("data.size", problem)

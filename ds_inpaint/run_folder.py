@@ -9,6 +9,9 @@ from ds_inpaint.checkpoint_files import numbers
 from ds_inpaint.errors import InputError
 from ds_inpaint.recipe import Recipe
 
+RECIPE, CHECKPOINTS, METRICS = "recipe.yaml", "checkpoints", "metrics.jsonl"
+"""What lies in the folder of a run."""
+
 CHANGEABLE = {
     *("run.name", "run.dir", "run.iterations"),
     *("rewards.servers", "rewards.timeout_seconds", "rewards.retry_seconds", "rewards.max_invalid_fraction"),
@@ -29,15 +32,15 @@ def open_run_folder(recipe: Recipe) -> None:
     Raises:
         InputError: another recipe's run is there, or a longer one, or the folder cannot be made.
     """
-    folder, file = recipe.run.dir, recipe.run.dir / "recipe.yaml"
-    done, metrics = numbers(folder / "checkpoints"), folder / "metrics.jsonl"
+    folder, file = recipe.run.dir, recipe.run.dir / RECIPE
+    done, metrics = numbers(folder / CHECKPOINTS), folder / METRICS
     if done:
         _refuse_other_recipe(file, recipe)
         _refuse_longer_run(done[-1], recipe)
     try:
         if not done and metrics.exists() and metrics.read_text():
             print(f"{folder} held a run without a checkpoint; it was moved to {_move_aside(folder)}.", flush=True)
-        for child in ("samples", "checkpoints"):
+        for child in ("samples", CHECKPOINTS):
             (folder / child).mkdir(parents=True, exist_ok=True)
         file.write_text(schema.dump(recipe))
     except OSError as error:

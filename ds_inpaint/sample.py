@@ -39,6 +39,7 @@ from ds_inpaint.images import read_png, write_grid, write_png
 from ds_inpaint.keys import Impossible, door, key
 from ds_inpaint.noise import sample_noise
 from ds_inpaint.outputs import (
+    MODEL,
     SAMPLES,
     as_row,
     json_lines,
@@ -50,7 +51,7 @@ from ds_inpaint.outputs import (
     write_whole,
 )
 from ds_inpaint.pixels import grey_holes, paste_known, to_bytes
-from ds_inpaint.policies import Inference, choose_model, layout_flags, load_policy
+from ds_inpaint.policies import Chosen, Inference, choose_model, layout_flags, load_policy
 from ds_inpaint.recipe import Recipe
 from ds_inpaint.rows import scan
 from ds_inpaint.sampling import encode, walk
@@ -117,20 +118,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parse_intermixed_args(arguments)
 
     def body() -> None:
-        settings = choose_settings(options.model, options.data, options.out, options.recipe, options.settings)
+        chosen = choose_model(options.model, options.recipe, options.settings, options.out / MODEL)
+        settings = choose_settings(chosen, options.data, options.settings)
         ranks = setup(settings.engine.section)
-        leaving(ranks, lambda: sample(settings, options.data, options.out, ranks))
+
+        def work() -> None:
+            chosen.export(ranks)
+            sample(settings, options.data, options.out, ranks)
+
+        leaving(ranks, work)
 
     return run_command(body)
 
 
-def choose_settings(model: str | None, data: Path, out: Path, recipe: Path | None, typed: Sequence[str]) -> Sampling:
+def choose_settings(chosen: Chosen, data: Path, typed: Sequence[str]) -> Sampling:
     """The settings that a command line amounts to, see ``main``.
 
     Raises:
         InputError: they do not fit.
     """
-    chosen = choose_model(model, recipe, typed, out / "model")
     flags = {**chosen.flags, **layout_flags(data, typed)}
     if chosen.recipe is not None:
         trained = schema.plain(schema.load(chosen.recipe, [], Recipe).value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -49,6 +50,11 @@ class StoredCheckpoint:
 
     folder: Path
     manifest: Manifest
+
+    @property
+    def digest(self) -> str:
+        """Of what it holds, 16 hexadecimal digits; equal for copies alone."""
+        return hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()[:16]
 
     @classmethod
     def open(cls, folder: Path) -> StoredCheckpoint:

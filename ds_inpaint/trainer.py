@@ -18,16 +18,18 @@ from ds_inpaint.errors import InputError, RewardsUnavailable
 from ds_inpaint.framing import Pixels
 from ds_inpaint.heldout import evaluate
 from ds_inpaint.meter import Meter, over_updates
+from ds_inpaint.model_card import write_card
 from ds_inpaint.recipe import Recipe
 from ds_inpaint.results import draw_results
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.reward_connection import connect
 from ds_inpaint.rollout import Rollout
 from ds_inpaint.rows import read_rows
+from ds_inpaint.run_folder import CHECKPOINTS, METRICS
 from ds_inpaint.schema import plain
 from ds_inpaint.sharded_load import create
 from ds_inpaint.slots import EMA
-from ds_inpaint.tracking import Tracker
+from ds_inpaint.tracking import Tracker, read_metrics
 from ds_inpaint.values import Experiences, Placement, Policy, Sampler, Triple
 
 
@@ -140,7 +142,7 @@ class TrainingRun:
     @property
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     def resume(self) -> Progress:
         """Load the newest checkpoint, if there is one.
@@ -277,6 +279,7 @@ class TrainingRun:
             weights = self.engine.state_dict()
         if weights is None:
             return
+        last, name, rows = self.recipe.run.iterations, self.recipe.run.name, read_metrics(self.folder / METRICS)
         self.policy.export(weights, self.folder / "export")
-        last, name = self.recipe.run.iterations, self.recipe.run.name
+        write_card(self.folder / "export", self.recipe, rows, last, averaged=self.recipe.ema.decay > 0)
         print(draw_results(self.folder, last, name, self.heldout_rows), flush=True)

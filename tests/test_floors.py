@@ -28,7 +28,7 @@ FLOORS = (
     "optimizer zero_config shards slots checkpoints sharded_load engine",
     "rollout heldout results alarms algorithm pictures",
     "algorithms",
-    "recipe run_folder policies commands",
+    "recipe run_folder model_card commands export policies",
     "meter trainer",
     "photos run prepare sample launcher",
 )

@@ -55,13 +55,22 @@ def create_denoiser(
     return denoiser
 
 
-def export(network: Any, source: Path, part: str, weights: dict[str, Tensor], lora: LoRA | None, target: Path) -> None:
-    """Write a copy of the model folder ``source`` with other weights in its denoiser.
+def export(
+    network: Any,
+    source: Path,
+    denoiser: Path,
+    part: str,
+    weights: dict[str, Tensor],
+    lora: LoRA | None,
+    target: Path,
+) -> None:
+    """Write a copy of the model folder ``source`` with another denoiser.
 
     Args:
         network: diffusers class of the denoiser.
         source: folder that training started from; its other parts are copied unchanged.
-        part: subfolder of the denoiser.
+        denoiser: folder of the denoiser that training started from, whose config it keeps.
+        part: name of its subfolder in ``target``.
         weights: whole state dict of the trained denoiser, with its adapters if there are any; kept in their dtype.
         lora: the adapters' section. ``target`` then holds the merged model, and ``target/lora`` the adapters for
             ``load_lora_weights`` on a pipeline of ``source``.
@@ -69,16 +78,24 @@ def export(network: Any, source: Path, part: str, weights: dict[str, Tensor], lo
     """
     copy_parts(source, target, besides=part)
     if lora is not None:
-        alone = adapter_alone(weights, lora)
-        (target / "lora").mkdir(exist_ok=True)
-        save_file(
-            {f"{part}.{name}": weight.contiguous() for name, weight in alone.items()}, target / "lora" / ADAPTER_FILE
-        )
+        export_adapter(part, weights, lora, target / "lora")
         weights = merged(weights, lora)
     with torch.device("meta"):
-        denoiser = network.from_config(network.load_config(source / part))
-    denoiser.load_state_dict(weights, strict=True, assign=True)
-    denoiser.save_pretrained(target / part, max_shard_size="5GB")
+        trained = network.from_config(network.load_config(denoiser))
+    trained.load_state_dict(weights, strict=True, assign=True)
+    trained.save_pretrained(target / part, max_shard_size="5GB")
+
+
+def export_adapter(part: str, weights: dict[str, Tensor], lora: LoRA, target: Path) -> None:
+    """Write a folder for ``load_lora_weights``.
+
+    Args:
+        part: name that pipelines have for the denoiser.
+        weights: the trained ones suffice.
+    """
+    alone = adapter_alone(weights, lora)
+    target.mkdir(exist_ok=True)
+    save_file({f"{part}.{name}": weight.contiguous() for name, weight in alone.items()}, target / ADAPTER_FILE)
 
 
 def _call(block: Callable[..., Any], *inputs: object) -> Any:

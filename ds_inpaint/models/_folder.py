@@ -23,6 +23,7 @@ from ds_inpaint.values import Placement
 MODEL_INDEX = "model_index.json"
 PATH_DOC = "diffusers folder, or the name of a model on the Hugging Face hub."
 REVISION_DOC = "Commit or tag of a hub model; pin it for a run that must be repeatable."
+DENOISER_DOC = "Folder of a denoiser alone, as diffusers' save_pretrained writes it; taken in place of model.path's."
 LORA_DOC = "Train low-rank adapters beside the frozen model; left out, train the whole denoiser."
 
 WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -64,6 +65,24 @@ def path_problem(path: str, revision: str | None, layout: FolderLayout) -> str |
     if revision is not None:
         return f"{folder} is a folder, which has no revisions; remove model.revision or give a hub name."
     return _incomplete(folder, layout)
+
+
+def denoiser_problem(folder: Path, kind: str) -> str | None:
+    """Why a folder is no denoiser of the diffusers class ``kind``; None when it is."""
+    try:
+        found = json.loads((folder / "config.json").read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        return (
+            f"{folder} has no config.json that can be read ({error}; looked in {Path.cwd()}). Give a folder that "
+            f"save_pretrained of a {kind} wrote; of a whole model that is a subfolder."
+        )
+    if found != kind:
+        return f"{folder} holds a {found}; give a {kind}."
+    if not _has_weights(folder):
+        return (
+            f"{folder} holds no {WEIGHT_FILES[1]}, whole or in shards with an index. Save it again, or copy it whole."
+        )
+    return None
 
 
 def find(path: str, revision: str | None, layout: FolderLayout) -> Path:
@@ -147,15 +166,16 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], length: int, device: torch
 
 
 def fingerprints(folder: Path, parts: Sequence[str]) -> dict[str, str]:
-    """By part, a sha256 of the names and contents of its files.
+    """The fingerprint of each part of a model folder."""
+    return {part: fingerprint(folder / part) for part in parts}
+
+
+def fingerprint(part: Path) -> str:
+    """A sha256 of the names and contents of the files in a folder.
 
     Of a file of more than ``SAMPLES`` blocks only so many are read, spread evenly, as other weights differ nearly
     everywhere: T5 would take half a minute at every start.
     """
-    return {part: _fingerprint(folder / part) for part in parts}
-
-
-def _fingerprint(part: Path) -> str:
     found = hashlib.sha256()
     for file in sorted(file for file in part.rglob("*") if file.is_file()):
         size = file.stat().st_size

@@ -25,11 +25,14 @@ from ds_inpaint.keys import REQUIRED, key
 from ds_inpaint.models._codec import LatentCodec, misfit, shrink
 from ds_inpaint.models._denoiser import create_denoiser, export
 from ds_inpaint.models._folder import (
+    DENOISER_DOC,
     LORA_DOC,
     PATH_DOC,
     REVISION_DOC,
     FolderLayout,
+    denoiser_problem,
     find,
+    fingerprint,
     fingerprints,
     load_text,
     load_vae,
@@ -61,6 +64,8 @@ PATCH = 2
 class Flux:
     """Recipe section ``model: {name: flux}``."""
 
+    part: ClassVar[str] = "transformer"
+    """Name that pipelines have for the denoiser, and its subfolder."""
     pipelines: ClassVar[tuple[str, ...]] = ("FluxFillPipeline",)
     """Classes of diffusers that such a model may be saved as."""
     process: ClassVar[type] = RectifiedFlow
@@ -74,6 +79,7 @@ class Flux:
 
     path: str = key(REQUIRED, PATH_DOC)
     revision: str | None = key(None, REVISION_DOC)
+    denoiser: Path | None = key(None, DENOISER_DOC)
     guidance: float = key(
         30.0,
         "Guidance that the distilled transformer is told, in rollout, training and sampling alike; 30 is how FLUX.1 "
@@ -94,6 +100,17 @@ class Flux:
         folder = Path(self.path)
         return problem or (self._unfit(folder) if folder.is_dir() else None)
 
+    def denoiser_problem(self) -> str | None:
+        """Why ``denoiser`` cannot be that of such a model; None when it can, or is not given.
+
+        Its channels are compared with the VAE of ``path``, of a hub model once it is loaded.
+        """
+        if self.denoiser is None:
+            return None
+        folder = Path(self.path)
+        problem = denoiser_problem(self.denoiser, FluxTransformer2DModel.__name__)
+        return problem or (_fills_not(self.denoiser, folder) if folder.is_dir() else None)
+
     def size_problem(self, height: int, width: int) -> str | None:
         """Why the model cannot take images of that size, for a ``path`` with no ``problem``; None when it can.
 
@@ -111,9 +128,13 @@ class Flux:
         folder = find(self.path, self.revision, LAYOUT)
         if problem := self._unfit(folder):
             raise InputError(f"model.path: {problem}")
+        source = self.denoiser or folder / self.part
+        # The VAE of a hub model is known only now.
+        if problem := self.denoiser_problem() or _fills_not(source, folder):
+            raise InputError(f"model.denoiser: {problem}")
         transformer = create_denoiser(
             FluxTransformer2DModel,
-            folder / "transformer",
+            source,
             placement,
             self.lora,
             LORA_TARGETS,
@@ -122,6 +143,7 @@ class Flux:
         vae = load_vae(folder, placement)
         return FluxPolicy(
             denoiser=transformer,
+            denoiser_folder=source,
             folder=folder,
             codec=LatentCodec(vae, vae.config.shift_factor, _multiple(folder)),
             text=PromptCache(FluxText(folder, placement, self.text_tokens), placement.device),
@@ -133,18 +155,8 @@ class Flux:
         )
 
     def _unfit(self, folder: Path) -> str | None:
-        transformer, vae = read_config(folder / "transformer"), read_config(folder / "vae")
-        latents = vae["latent_channels"]
-        pixels = shrink(vae) ** 2
-        wanted = PATCH**2 * (2 * latents + pixels)
-        if transformer["in_channels"] != wanted:
-            return (
-                f"the transformer of {folder} takes {transformer['in_channels']} channels; one that fills takes "
-                f"{wanted} with this VAE ({PATCH**2} times {latents} noisy latents, {latents} masked-image latents and "
-                f"{pixels} mask pixels)."
-            )
-        if not transformer["guidance_embeds"]:
-            return f"the transformer of {folder} takes no guidance; FLUX.1 Fill does."
+        if self.denoiser is None and (problem := _fills_not(folder / self.part, folder)):
+            return problem
         scheduler = read_config(folder / "scheduler")
         kind = scheduler.get("time_shift_type", "exponential")
         if self.shift == "dynamic" and not (scheduler.get("use_dynamic_shifting") and kind == "exponential"):
@@ -153,6 +165,22 @@ class Flux:
                 f"number instead, such as {scheduler.get('shift', 1.0)}."
             )
         return None
+
+
+def _fills_not(part: Path, folder: Path) -> str | None:
+    """Why the transformer in ``part`` does not fill latents of the VAE of ``folder``; None when it does."""
+    transformer, vae = read_config(part), read_config(folder / "vae")
+    latents, pixels = vae["latent_channels"], shrink(vae) ** 2
+    wanted = PATCH**2 * (2 * latents + pixels)
+    if transformer["in_channels"] != wanted:
+        return (
+            f"the transformer in {part} takes {transformer['in_channels']} channels; one that fills takes {wanted} "
+            f"with the VAE of {folder} ({PATCH**2} times {latents} noisy latents, {latents} masked-image latents and "
+            f"{pixels} mask pixels)."
+        )
+    if not transformer["guidance_embeds"]:
+        return f"the transformer in {part} takes no guidance; FLUX.1 Fill does."
+    return None
 
 
 def _multiple(folder: Path) -> int:
@@ -219,6 +247,8 @@ class FluxPolicy:
     """A loaded FLUX.1 Fill model; see ``values.Policy`` for the contract."""
 
     denoiser: Denoiser
+    denoiser_folder: Path
+    """Where it was loaded from, which need not be in ``folder``."""
     folder: Path
     codec: LatentCodec
     text: PromptCache
@@ -301,8 +331,8 @@ class FluxPolicy:
 
     def fingerprints(self) -> dict[str, str]:
         """See ``values.Policy``."""
-        return self.encoders() | fingerprints(self.folder, ("transformer",))
+        return self.encoders() | {Flux.part: fingerprint(self.denoiser_folder)}
 
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Write a folder that stock diffusers loads as FluxFillPipeline."""
-        export(FluxTransformer2DModel, self.folder, "transformer", weights, self.lora, folder)
+        export(FluxTransformer2DModel, self.folder, self.denoiser_folder, Flux.part, weights, self.lora, folder)

@@ -20,11 +20,14 @@ from ds_inpaint.keys import REQUIRED, key
 from ds_inpaint.models._codec import LatentCodec, misfit, shrink
 from ds_inpaint.models._denoiser import create_denoiser, export
 from ds_inpaint.models._folder import (
+    DENOISER_DOC,
     LORA_DOC,
     PATH_DOC,
     REVISION_DOC,
     FolderLayout,
+    denoiser_problem,
     find,
+    fingerprint,
     fingerprints,
     load_text,
     load_vae,
@@ -45,6 +48,8 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 class SD:
     """Recipe section ``model: {name: sd}``."""
 
+    part: ClassVar[str] = "unet"
+    """Name that pipelines have for the denoiser, and its subfolder."""
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionInpaintPipeline",)
     """Classes of diffusers that such a model may be saved as."""
     process: ClassVar[type] = DiscreteDiffusion
@@ -58,6 +63,7 @@ class SD:
 
     path: str = key(REQUIRED, PATH_DOC)
     revision: str | None = key(None, REVISION_DOC)
+    denoiser: Path | None = key(None, DENOISER_DOC)
     guidance: float = key(
         7.5, "Classifier-free guidance w in rollout, training and sampling alike; 1 is off.", at_least=1
     )
@@ -68,7 +74,13 @@ class SD:
         """Why ``path`` cannot be a model of this family; None when it can, as far as is known without the network."""
         problem = path_problem(self.path, self.revision, LAYOUT)
         folder = Path(self.path)
-        return problem or (_unfit(folder) if folder.is_dir() else None)
+        return problem or (self._unfit(folder) if folder.is_dir() else None)
+
+    def denoiser_problem(self) -> str | None:
+        """Why ``denoiser`` cannot be that of such a model; None when it can, or is not given."""
+        if self.denoiser is None:
+            return None
+        return denoiser_problem(self.denoiser, UNet2DConditionModel.__name__) or _other_channels(self.denoiser)
 
     def size_problem(self, height: int, width: int) -> str | None:
         """Why the model cannot take images of that size, for a ``path`` with no ``problem``; None when it can.
@@ -76,7 +88,7 @@ class SD:
         Of a hub model this is known only once it is loaded.
         """
         folder = Path(self.path)
-        return misfit(height, width, _multiple(folder)) if folder.is_dir() else None
+        return misfit(height, width, _multiple(folder, self._unet(folder))) if folder.is_dir() else None
 
     def load(self, placement: Placement) -> SDPolicy:
         """Load the model; its text encoder follows when the first prompt is encoded.
@@ -86,16 +98,18 @@ class SD:
                 target does not exist.
         """
         folder = find(self.path, self.revision, LAYOUT)
-        if problem := _unfit(folder):
+        if problem := self._unfit(folder):
             raise InputError(f"model.path: {problem}")
-        unet = create_denoiser(
-            UNet2DConditionModel, folder / "unet", placement, self.lora, LORA_TARGETS, entrances=("conv_in",)
-        )
+        if problem := self.denoiser_problem():
+            raise InputError(f"model.denoiser: {problem}")
+        source = self._unet(folder)
+        unet = create_denoiser(UNet2DConditionModel, source, placement, self.lora, LORA_TARGETS, entrances=("conv_in",))
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
         return SDPolicy(
             denoiser=unet,
+            denoiser_folder=source,
             folder=folder,
-            codec=LatentCodec(load_vae(folder, placement), 0, _multiple(folder)),
+            codec=LatentCodec(load_vae(folder, placement), 0, _multiple(folder, source)),
             text=PromptCache(SDText(folder, placement), placement.device),
             negative_prompt=self.negative_prompt,
             diffusion=DiscreteDiffusion(
@@ -107,23 +121,31 @@ class SD:
             lora=self.lora,
         )
 
+    def _unet(self, folder: Path) -> Path:
+        return self.denoiser or folder / self.part
 
-def _unfit(folder: Path) -> str | None:
-    channels = read_config(folder / "unet")["in_channels"]
-    if channels != 9:
-        return (
-            f"the UNet of {folder} takes {channels} channels; an inpainting UNet takes 9 (4 noisy latents, 1 mask, "
-            f"4 masked-image latents)."
-        )
-    predicted = read_config(folder / "scheduler").get("prediction_type", "epsilon")
-    if predicted != "epsilon":
-        return f"{folder} predicts {predicted!r}; only epsilon is supported."
-    return None
+    def _unfit(self, folder: Path) -> str | None:
+        if self.denoiser is None and (problem := _other_channels(folder / self.part)):
+            return problem
+        predicted = read_config(folder / "scheduler").get("prediction_type", "epsilon")
+        if predicted != "epsilon":
+            return f"{folder} predicts {predicted!r}; only epsilon is supported."
+        return None
 
 
-def _multiple(folder: Path) -> int:
+def _other_channels(unet: Path) -> str | None:
+    channels = read_config(unet)["in_channels"]
+    if channels == 9:
+        return None
+    return (
+        f"the UNet in {unet} takes {channels} channels; an inpainting UNet takes 9 (4 noisy latents, 1 mask, "
+        f"4 masked-image latents)."
+    )
+
+
+def _multiple(folder: Path, unet: Path) -> int:
     """Pixels that both sides of an image must be a multiple of: the UNet halves what the VAE has halved."""
-    return shrink(read_config(folder / "vae")) * shrink(read_config(folder / "unet"))
+    return shrink(read_config(folder / "vae")) * shrink(read_config(unet))
 
 
 @dataclass(frozen=True)
@@ -150,6 +172,8 @@ class SDPolicy:
     """A loaded Stable Diffusion 1.5 inpainting model; see ``values.Policy`` for the contract."""
 
     denoiser: Denoiser
+    denoiser_folder: Path
+    """Where it was loaded from, which need not be in ``folder``."""
     folder: Path
     codec: LatentCodec
     text: PromptCache
@@ -225,8 +249,8 @@ class SDPolicy:
 
     def fingerprints(self) -> dict[str, str]:
         """See ``values.Policy``."""
-        return self.encoders() | fingerprints(self.folder, ("unet",))
+        return self.encoders() | {SD.part: fingerprint(self.denoiser_folder)}
 
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Write a folder that stock diffusers loads as StableDiffusionInpaintPipeline."""
-        export(UNet2DConditionModel, self.folder, "unet", weights, self.lora, folder)
+        export(UNet2DConditionModel, self.folder, self.denoiser_folder, SD.part, weights, self.lora, folder)
