@@ -12,7 +12,7 @@ from torch import Tensor
 from ds_inpaint.errors import UnusablePicture
 from ds_inpaint.framing import Frame, Pixels
 from ds_inpaint.images import frame_hole, inside, open_image, open_labels, stencil_of, whole
-from ds_inpaint.masks import Masks, draw_hole, object_hole
+from ds_inpaint.masks import SMALLEST_SIDE, Masks, draw_hole, object_hole
 
 
 class HoleSource(Protocol):
@@ -126,7 +126,14 @@ class Drawn:
         """See ``HoleSource``; drawn on what is left of the picture, so that no crop loses it."""
         shown_1HW = inside(frame)
         rows, columns = shown_1HW[0].any(1), shown_1HW[0].any(0)
-        hole = draw_hole(self.masks, int(rows.sum()), int(columns.sum()), self.name)
+        height, width = int(rows.sum()), int(columns.sum())
+        if min(height, width) < SMALLEST_SIDE:
+            raise UnusablePicture(
+                f"{source}: {width}x{height} pixels are left of the picture, but a hole is drawn in "
+                f"{SMALLEST_SIDE}x{SMALLEST_SIDE} or more. Use a larger size or another shape, or remove the picture.",
+                "too small to draw",
+            )
+        hole = draw_hole(self.masks, height, width, self.name)
         return shown_1HW.masked_scatter(shown_1HW, torch.from_numpy(hole))
 
 
@@ -152,7 +159,7 @@ class Segmented:
             low, high = self.masks.area
             raise UnusablePicture(
                 f"{source}: no object of {self.path} covers {low:.0%} to {high:.0%} of the picture, as masks.area "
-                f"asks. Widen it, or remove the picture.",
+                f"asks (with masks.dilation of {self.masks.dilation}). Widen it, or remove the picture.",
                 "no fitting object",
             )
         return frame_hole(stencil_of(torch.from_numpy(hole_HW)), frame)
