@@ -72,7 +72,7 @@ class Lpips:
     """A vector for each layer in ``CHANNELS``, none of its numbers negative."""
 
     def distances(self, images_NCHW: Tensor, references_NCHW: Tensor) -> Tensor:
-        """Equation 1 of the paper, [N]; 0 for equal pictures.
+        """The distance as the authors' package lpips 0.1.4 computes it, [N]; 0 for equal pictures.
 
         In each layer, the channels of a pixel are scaled to unit length, their squared differences weighted by the
         head and added up, and the mean is taken over the pixels; the distance is the sum over the layers.

@@ -87,7 +87,7 @@ def features(backbone, pixels_NCHW):
 
 
 def by_formula(images_NCHW, references_NCHW):
-    """Equation 1 of arXiv 1801.03924 for pictures in [-1, 1]; the distance of each layer, [layers, N]."""
+    """The distance of arXiv 1801.03924 for pictures in [-1, 1], layer by layer, [layers, N]."""
     backbone, heads = published()
     pairs = zip(features(backbone, images_NCHW), features(backbone, references_NCHW), strict=True)
     layers = []

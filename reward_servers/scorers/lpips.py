@@ -43,7 +43,7 @@ class Scorer:
     def info(self) -> Info:
         """Needs follow ``view`` and ``region``."""
         return Info(
-            description="Rewards an image that looks like the original, to a network that was fitted to people's eyes.",
+            description="Rewards an image that looks like the original, by features weighted as people judge.",
             needs=(*VIEWS[self.view], *REGIONS[self.region], Need.REFERENCE_IMAGES),
             typical=(-0.5, 0.0),
             licence="Apache-2.0; heads: BSD-2-Clause; SqueezeNet's weights: see torchvision",
