@@ -3,6 +3,8 @@
     python -m reward_servers convert hps_v2 HPS_v2.1_compressed.pt weights/hps_v2.1 --tokenizer clip-vit-h-14
     python -m reward_servers convert imagereward ImageReward.pt weights/imagereward --tokenizer bert-base-uncased
     python -m reward_servers convert aesthetic sac+logos+ava1-l14-linearMSE.pth weights/aesthetic
+    python -m reward_servers convert squeezenet squeezenet1_1-b8a52dc0.pth weights/lpips/squeezenet
+    python -m reward_servers convert lpips squeeze.pth weights/lpips/heads
 
 Nothing else here reads pickles, and this reads no more of them than tensors, offline. Prints the sha256 of what it
 read and wrote, which ``conversion.json`` in the folder keeps. Exit codes: 0 done, 2 the file is not what it should be.

@@ -12,11 +12,8 @@ from transformers import Dinov2Model
 
 from reward_servers.errors import SetupError
 from reward_servers.settings import PRECISIONS
+from reward_servers.views import IMAGENET_MEAN, IMAGENET_STD
 from reward_servers.weights import check_model_type
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Of the channels, in [0, 1]; what DINOv2 was trained with."""
 
 HINT = (
     "Give a folder with the files of https://huggingface.co/facebook/dinov2-base, or of another size without registers."

@@ -40,7 +40,7 @@ class Converted:
 
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] | None = None
-    """``config.json`` of the transformers class that reads the tensors; None for a linear head."""
+    """``config.json`` of the transformers class that reads the tensors; None where there is no such class."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,10 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Of the channels, in [0, 1]; CLIP (arXiv 2103.00020) and the models that grew out of it, BLIP too, share them."""
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Of the channels, in [0, 1]; what DINOv2 and SqueezeNet were trained with."""
+
 
 def preprocess(inputs: Inputs, view: str, resize: str, size: int) -> Tensor:
     """The pixels that a CLIP takes, [N, 3, size, size], normalised; computed once for the scorers that share them.

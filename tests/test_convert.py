@@ -211,7 +211,11 @@ REFUSED = {
     ),
     "another number of axes": ("aesthetic", lambda clip: small(weight=torch.ones(4)), "shape [4], but needs 2 axes"),
     "another kind": ("aesthetic", lambda clip: open_clip_layout(clip), "it lacks weight. It looks like hps_v2."),
-    "no kind": ("hps_v2", lambda clip: {"a": torch.ones(1)}, "like none of aesthetic, hps_v2, imagereward."),
+    "no kind": (
+        "hps_v2",
+        lambda clip: {"a": torch.ones(1)},
+        "like none of aesthetic, hps_v2, imagereward, lpips, squeezenet.",
+    ),
     "OpenAI's own CLIP": (
         "hps_v2",
         lambda clip: clip_with(clip, input_resolution=torch.tensor(32)),
