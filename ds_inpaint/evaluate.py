@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ds_inpaint import schema
 from ds_inpaint.commands import leaving, parser, read_settings, run_command
-from ds_inpaint.comparison import Comparison, Item, Metric, Sample
+from ds_inpaint.comparison import ALL, Comparison, Item, Metric, Sample
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import InputError, RowsRejected
 from ds_inpaint.framing import Framing, Pixels
@@ -37,10 +37,10 @@ from ds_inpaint.images import write_png
 from ds_inpaint.keys import door, key
 from ds_inpaint.masks import size_class
 from ds_inpaint.measure import BRUSHNET, DIVERSITY, FIDELITY, Measured, measure
-from ds_inpaint.outputs import as_row, json_lines, safe_name, told, write_text
+from ds_inpaint.outputs import MODEL, as_row, json_lines, safe_name, told, write_text
 from ds_inpaint.pictures import Results, framing_flags, names_of, read_results
 from ds_inpaint.pixels import grey_holes
-from ds_inpaint.policies import layout_flags, recipe_of
+from ds_inpaint.policies import choose_model, layout_flags, recipe_of
 from ds_inpaint.report import pictured, write_report
 from ds_inpaint.reward_connection import connect
 from ds_inpaint.rewards import Rewards
@@ -87,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--out", type=Path, required=True, help="folder of the report")
     options = command.parse_intermixed_args(arguments)
     # A flag that takes several words also takes the settings behind them.
-    models, results, typed = [], [], list(options.settings)
+    models: list[str] = []
+    results: list[str] = []
+    typed = list(options.settings)
     for words, kept in ((options.model, models), (options.results, results)):
         kept += [word for word in words if not SETTING.match(word)]
         typed += [word for word in words if SETTING.match(word)]
@@ -105,8 +107,10 @@ def _run(models: Sequence[str], folders: Sequence[Path], options: argparse.Names
     def body() -> None:
         for model, folder in zip(models, sampled, strict=True):
             own = [setting for setting in typed if not setting.startswith(("rewards", "measure"))]
+            chosen = choose_model(model, recipe, own, folder / MODEL)
+            chosen.export(ranks)
             with suppress(RowsRejected):  # the same rows are told of again below
-                sample(choose_settings(model, data, folder, recipe, own), data, folder, ranks)
+                sample(choose_settings(chosen, data, own), data, folder, ranks)
         everything = [*sampled, *folders]
         flags = {**framing_flags(everything[0]), **layout_flags(data, typed)}
         if recipe is None and not any(setting.startswith("rewards.scorers") for setting in typed):
@@ -190,10 +194,9 @@ def _report(
         for model in models
     }
     sizes = [size_class(measured.areas[triple.id]) for triple in kept]
-    rows = {"all": torch.arange(len(kept)), **rows_by_class(sizes)}
+    rows = {ALL: torch.arange(len(kept)), **rows_by_class(sizes)}
     seed, baseline = settings.measure.seed, table[models[0]]
     comparison = Comparison(
-        title=" and ".join(models),
         settings={
             **schema.plain(settings),
             "data": {"path": str(data), **settings.data.settings},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from ds_inpaint.datasets.jsonl import Jsonl
 from ds_inpaint.datasets.pictures import Pictures
 from ds_inpaint.errors import InputError, UnusablePicture
 from ds_inpaint.framing import Framing
+from ds_inpaint.keys import Impossible
 from ds_inpaint.masks import Masks
 from ds_inpaint.rows import find_layout, layouts, read_rows, scan
 
@@ -362,8 +364,8 @@ def test_pictures_get_drawn_holes_and_the_prompt_that_lies_beside_them(tmp_path)
     found = scan(tmp_path / "my_photos", layout, WHOLE)
     assert found.problems == ()
     assert {triple.id: triple.prompt for triple in found.triples} == {
-        **dict.fromkeys(("a_red-car#0", "a_red-car#1"), "a red car in my photos"),
-        **dict.fromkeys(("below/b#0", "below/b#1"), "a prompt beside it"),
+        **dict.fromkeys(("a_red-car.jpg#0", "a_red-car.jpg#1"), "a red car in my photos"),
+        **dict.fromkeys(("below/b.jpg#0", "below/b.jpg#1"), "a prompt beside it"),
     }
     holes = [read(triple)[1] for triple in found.triples]
     assert all(0.05 < hole.mean() < 0.45 for hole in holes)
@@ -375,9 +377,8 @@ def test_pictures_get_drawn_holes_and_the_prompt_that_lies_beside_them(tmp_path)
 
 def test_holes_are_objects_of_a_segmentation_if_there_is_one(tmp_path):
     folder = write_pictures(tmp_path)
-    shutil.move(folder / "segments", tmp_path.with_name(f"{tmp_path.name}-segments"))
-    segments = tmp_path.with_name(f"{tmp_path.name}-segments")
-    layout = Pictures(caption="{name}", segments=segments, masks=Masks(area=(0.2, 0.75)))
+    segments = folder / "segments"
+    layout = Pictures(caption="{name}", segments=Path("segments"), masks=Masks(area=(0.2, 0.75)))
     for triple in scan(folder, layout, WHOLE).triples:
         assert np.array_equal(read(triple)[1], ragged_mask())
     [small, _] = scan(folder, Pictures(caption="x", segments=segments, masks=Masks(area=(0.1, 0.2))), WHOLE).triples
@@ -391,6 +392,20 @@ def test_holes_are_objects_of_a_segmentation_if_there_is_one(tmp_path):
 def test_pictures_without_any_prompt_are_told(tmp_path):
     shutil.rmtree(write_pictures(tmp_path) / "segments")
     found = scan(tmp_path, Pictures(), WHOLE)
-    assert [triple.id for triple in found.triples] == ["below/b#0"]
-    assert kinds(found) == ["missing caption"]
+    assert [triple.id for triple in found.triples] == ["below/b.jpg#0"]
+    assert kinds(found) == ["no caption"]
     assert "there is no a_red-car.txt beside it. Add one, or" in found.problems[0].reason
+
+
+def test_hidden_folders_and_pictures_of_one_stem(tmp_path):
+    for name in ("a.png", "a.jpg", ".thumbs/b.png", "only/below/c.png"):
+        draw(tmp_path / name)
+    assert find_layout(tmp_path) == find_layout(tmp_path / "only") == "pictures"
+    found = scan(tmp_path, Pictures(caption="x {name}"), WHOLE)
+    assert [triple.id for triple in found.triples] == ["a.jpg#0", "a.png#0", "only/below/c.png#0"]
+
+
+def test_a_caption_with_other_braces_is_refused():
+    for caption in ("a {nme}", "a {", "a {0}"):
+        with pytest.raises(Impossible, match=r"\{name\} and \{folder\} are what may stand in braces"):
+            Pictures(caption=caption)

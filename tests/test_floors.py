@@ -26,11 +26,11 @@ FLOORS = (
     "reward_client reward_connection",
     "resharding tensor_file checkpoint_files stored_checkpoint",
     "optimizer zero_config shards slots checkpoints sharded_load engine",
-    "rollout heldout results alarms algorithm pictures",
+    "rollout heldout results alarms algorithm pictures comparison measure report_text report_page report",
     "algorithms",
     "recipe run_folder model_card commands export policies",
     "meter trainer",
-    "photos run prepare sample launcher",
+    "photos run prepare sample evaluate launcher",
 )
 """Files and folders of ds_inpaint, bottom first. Each imports only what stands below it or left of it."""
 
