@@ -224,7 +224,7 @@ def _report(
         samples=[Sample(*name, values) for name, values in sorted(measured.values.items())],
         failures=measured.failures,
     )
-    _copy_pictures(comparison, kept, results, out)
+    _copy_pictures(comparison, kept, results, measured, out)
     write_report(out, comparison)
     print((out / "table.md").read_text(encoding="utf-8"), flush=True)
     print(f"the page with pictures: {out / 'index.html'}", flush=True)
@@ -277,8 +277,10 @@ def _item(number: int, triple: Triple, size: str, table: dict[str, dict[str, Ten
     )
 
 
-def _copy_pictures(comparison: Comparison, triples: Sequence[Triple], results: Sequence[Results], out: Path) -> None:
-    """Put the pictures that the page shows beside it, each model's of its first seed."""
+def _copy_pictures(
+    comparison: Comparison, triples: Sequence[Triple], results: Sequence[Results], measured: Measured, out: Path
+) -> None:
+    """Put the pictures that the page shows beside it, each model's of its first seed that could be measured."""
     (out / "pictures").mkdir(exist_ok=True)
     shown = set(pictured(comparison))
     for item, triple in zip(comparison.items, triples, strict=True):
@@ -288,10 +290,9 @@ def _copy_pictures(comparison: Comparison, triples: Sequence[Triple], results: S
         write_png(out / item.masked, grey_holes(picture.image_3HW, picture.hole_1HW))
         write_png(out / item.original, picture.image_3HW)
         for each in results:
-            seeds = sorted(seed for identity, seed in each.filled if identity == item.id)
-            if seeds:
-                _, pasted = each.filled[item.id, seeds[0]].read(triple, picture)
-                write_png(out / item.pictures[each.name], pasted)
+            seeds = [seed for model, identity, seed in measured.values if (model, identity) == (each.name, item.id)]
+            _, pasted = each.filled[item.id, min(seeds)].read(triple, picture)
+            write_png(out / item.pictures[each.name], pasted)
 
 
 if __name__ == "__main__":

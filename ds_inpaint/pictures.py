@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -129,10 +130,14 @@ def framing_flags(folder: Path) -> dict[str, str | None]:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """A name for each folder: its own, with as much of its path as tells it from the others."""
-    depth = 1
-    while True:
-        names = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
-        if len(set(names)) == len(names) or depth > max(len(folder.resolve().parts) for folder in folders):
+    """A name for each folder: its own, with as much of its path as tells it from the others.
+
+    Raises:
+        InputError: one is given twice.
+    """
+    paths = [Path(os.path.abspath(folder)).parts[1:] for folder in folders]
+    for depth in range(1, max(map(len, paths), default=1) + 1):
+        names = ["/".join(parts[-depth:]) for parts in paths]
+        if len(set(names)) == len(names):
             return names
-        depth += 1
+    raise InputError("--results and --model: the same folder is given twice.")

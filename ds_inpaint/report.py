@@ -14,7 +14,7 @@ from typing import Any
 from ds_inpaint.comparison import ALL, Comparison, Item, Metric
 from ds_inpaint.outputs import write_text
 from ds_inpaint.report_page import page
-from ds_inpaint.report_text import difference, figure, named
+from ds_inpaint.report_text import difference, figure, named, won
 
 MOST = 12
 """Pictures that gained most, and lost most, that the page shows of each model."""
@@ -61,7 +61,7 @@ def table(comparison: Comparison) -> str:
         parts.append(_by_size(comparison))
     parts.append(
         f"Means over {len(comparison.items)} items with their 95 % bootstrap intervals; ↑: higher is better, ↓: lower. "
-        f"Bold: the interval excludes 0. Won: share of the items where the model is above the first. "
+        f"Bold: the interval excludes 0. Won: share of the items where the model is better than the first. "
         f"{len(comparison.failures)} values are missing."
     )
     return "\n\n".join(parts) + "\n"
@@ -118,12 +118,17 @@ def _gain(comparison: Comparison, model: str, metric: Metric) -> str:
     told = difference(paired)
     if paired.difference.low > 0 or paired.difference.high < 0:
         told = f"**{told}**"
-    return told if math.isnan(paired.won) else f"{told}, won {paired.won:.0%}"
+    share = won(paired, metric)
+    return f"{told}, won {share}" if share else told
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
+
+
+def _escaped(cell: str) -> str:
+    return " ".join(cell.split()).replace("|", "\\|").replace("<", "\\<").replace("`", "\\`")
 
 
 def _plain(comparison: Comparison) -> Any:
@@ -146,5 +151,7 @@ def _csv(comparison: Comparison) -> str:
     writer.writerow(["model", "id", "seed", *names])
     for sample in comparison.samples:
         values = [sample.values.get(name, math.nan) for name in names]
-        writer.writerow([sample.model, sample.id, sample.seed, *("" if math.isnan(each) else each for each in values)])
+        writer.writerow(
+            [sample.model, sample.id, sample.seed, *(each if math.isfinite(each) else "" for each in values)]
+        )
     return text.getvalue()

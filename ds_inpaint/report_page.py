@@ -6,9 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
+from urllib.parse import quote
 
 from ds_inpaint.comparison import ALL, Comparison, Item, Metric
-from ds_inpaint.report_text import difference, figure, named
+from ds_inpaint.report_text import difference, figure, named, won
 from ds_inpaint.statistics import Paired
 
 FAILURES_TOLD = 50
@@ -26,7 +27,7 @@ td small, figcaption { color: var(--soft); } .good { color: var(--good); } .bad 
 .item { margin: 1.2rem 0; padding-bottom: 1rem; border-bottom: 1px solid var(--line); }
 .item p { margin: 0 0 .4rem; overflow-wrap: anywhere; } .row { display: flex; flex-wrap: wrap; gap: .6rem; }
 figure { margin: 0; flex: 1 1 130px; max-width: 256px; }
-img { width: 100%; image-rendering: pixelated; display: block; border-radius: 3px; }
+img { width: 100%; display: block; border-radius: 3px; }
 pre { overflow-x: auto; } details { margin: .8rem 0; } summary { cursor: pointer; }
 """
 
@@ -73,8 +74,8 @@ def _gains(comparison: Comparison) -> str:
         rows = []
         for metric in comparison.metrics:
             paired = comparison.gains[model][metric.name][ALL]
-            won = "" if paired.won != paired.won else f"{paired.won:.0%}"
-            rows.append([_metric(metric), _coloured(difference(paired), paired, metric), _bar(paired), won])
+            told = _coloured(difference(paired), paired, metric)
+            rows.append([_metric(metric), told, _bar(paired), won(paired, metric)])
         parts.append(_table([escape(model), "difference", "", "won"], rows))
     return "\n".join(parts)
 
@@ -134,7 +135,7 @@ def _item(item: Item, comparison: Comparison, model: str) -> str:
         shown.append((model, item.pictures[model]))
         told = f"{value - item.values[baseline][main]:+.4f}"
     figures = "".join(
-        f'<figure><a href="{escape(file)}"><img loading="lazy" src="{escape(file)}" alt="{escape(label)}"></a>'
+        f'<figure><a href="{quote(file)}"><img loading="lazy" src="{quote(file)}" alt="{escape(label)}"></a>'
         f"<figcaption>{escape(label)}</figcaption></figure>"
         for label, file in shown
     )

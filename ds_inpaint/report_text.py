@@ -25,6 +25,13 @@ def difference(paired: Paired) -> str:
     return _told(paired.difference, "+")
 
 
+def won(paired: Paired, metric: Metric) -> str:
+    """Share of the items where the model is better than the baseline, ties counting half; empty if none is."""
+    if not metric.better or math.isnan(paired.won):
+        return ""
+    return f"{paired.won if metric.better == 'higher' else 1 - paired.won:.0%}"
+
+
 def digits(estimate: Estimate) -> int:
     """Decimals that show two digits of the interval's width; four without one, and never more than eight."""
     width = estimate.high - estimate.low
