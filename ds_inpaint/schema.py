@@ -8,6 +8,7 @@ stops the load, and all of them are told at once.
 from __future__ import annotations
 
 import dataclasses
+import json
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, is_dataclass, replace
@@ -99,24 +100,32 @@ def _shared(node: Node, cls: type) -> Node:
 
 def describe(cls: type) -> str:
     """Every key of a class of settings, for a command's help: its name, its default and what it means."""
-    lines = []
-    for name, field in _fields(cls).items():
-        if "door" in field.metadata:
-            package = field.metadata["door"]
-            lines.append(f"{name}.name: one of {', '.join(_choices(package))}. {field.metadata['doc']}")
-            for choice, behind in classes(package).items():
-                lines += _described(behind, name, f"with {name}.name={choice}: ")
-        else:
-            lines += _described(get_type_hints(cls)[name], name, "")
-    return "\n".join(f"  {line}" for line in lines)
+    return "\n".join(f"  {line}" for line in _described(cls, "", ""))
 
 
 def _described(cls: type, path: str, when: str) -> list[str]:
-    lines = []
+    lines, kinds = [], get_type_hints(cls)
     for name, field in _fields(cls).items():
-        default = "..." if field.default is MISSING else yaml_tree.write(plain(field.default)).partition("\n")[0]
-        lines.append(f"{path}.{name}={default}: {when}{field.metadata['doc']}")
+        inner, doc = dotted(path, name), field.metadata["doc"]
+        if "door" in field.metadata:
+            package = field.metadata["door"]
+            lines.append(f"{inner}.name: {when}one of {', '.join(_choices(package))}. {doc}")
+            for choice, behind in classes(package).items():
+                lines += _described(behind, inner, f"with {inner}.name={choice}: ")
+            continue
+        sections = [each for each in alternatives(kinds[name]) if is_section(each)]
+        if sections:
+            lines += _described(sections[0], inner, when)
+        else:
+            lines.append(f"{inner}={_default(field)}: {when}{doc}")
     return lines
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """As it could be typed; JSON is YAML."""
+    if field.default_factory is not MISSING:
+        return json.dumps(plain(field.default_factory()))
+    return "..." if field.default is MISSING else json.dumps(plain(field.default))
 
 
 def dump(recipe: object) -> str:

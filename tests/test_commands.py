@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 from conftest import TINY_MODELS, prepare_here
@@ -143,7 +143,13 @@ def test_a_recipe_must_load_for_training_too(told, recipes, tmp_path):
 
 
 def keys_of(cls: type, path: str) -> list[str]:
-    return [f"{path}.{field.name}=" for field in dataclasses.fields(cls)]
+    """Of a section, and of the sections in it."""
+    kinds, found = get_type_hints(cls), []
+    for field in dataclasses.fields(cls):
+        inner = [each for each in (kinds[field.name], *get_args(kinds[field.name])) if dataclasses.is_dataclass(each)]
+        name = f"{path}.{field.name}"
+        found += keys_of(inner[0], name) if inner else [f"{name}="]
+    return found
 
 
 def test_the_help_lists_every_key_and_flag(capsys):
