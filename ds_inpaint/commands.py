@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from ds_inpaint import schema
-from ds_inpaint.distributed import Ranks
+from ds_inpaint.distributed import Ranks, comes_from_another_rank, is_first_to_fail
 from ds_inpaint.errors import DsInpaintError
 from ds_inpaint.recipe import Recipe
 
@@ -38,19 +39,32 @@ def run_command(body: Callable[[], None]) -> int:
             time.sleep(SECONDS_FOR_RANK_0)
         print(f"ds_inpaint: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    except Exception:
-        if not is_main:
-            time.sleep(SECONDS_FOR_RANK_0)
-        raise
+    except Exception as error:
+        if is_first_to_fail(rank):
+            _tell_unforeseen(error, rank)
+        return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
 
 
+def _tell_unforeseen(error: Exception, rank: int) -> None:
+    """Show the traceback, unless the cause lies on a rank that could not show one."""
+    if comes_from_another_rank(error):
+        print(
+            f"ds_inpaint: Rank {rank} cannot reach another rank any more, which was killed, is out of memory, or lost "
+            f"its network ({str(error).splitlines()[0]}). The same command goes on from the newest checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+    else:
+        print(f"ds_inpaint: rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, end="", flush=True)
+
+
 def leaving(ranks: Ranks, body: Callable[[], None]) -> None:
     """Run the body and end the process groups after it, unless it failed in a way that was not foreseen.
 
-    Then the other ranks must not hear of it before this rank has shown its traceback.
+    Then the groups are needed to find out which rank failed first.
     """
     try:
         body()

@@ -6,16 +6,18 @@ with the engine's collectives.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from ds_inpaint.errors import DsInpaintError, PlanMismatch
+from ds_inpaint.errors import DsInpaintError, PlanMismatch, Stopped
+from ds_inpaint.stopping import StopRequest
 
 Value = TypeVar("Value")
 
@@ -33,6 +35,8 @@ class Ranks:
     local_rank: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    """What asks this rank to stop."""
 
     @classmethod
     def of_this_run(cls, local_rank: int, device: torch.device, patience: timedelta) -> Ranks:
@@ -117,6 +121,25 @@ class Ranks:
             failure = error
         self.stop_together(failure)
 
+    def stop_if_asked(self) -> None:
+        """Leave this place together if any rank was asked to stop.
+
+        Raises:
+            Stopped: on every rank, with the reason of the lowest rank that has one.
+        """
+        if self.sum(torch.tensor(float(bool(self.stop.reason)))) > 0:
+            raise Stopped(next(reason for reason in self.gather(self.stop.reason) if reason))
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within this context the rank heeds signals, its launcher and the others, see ``StopRequest.listening``.
+
+        Who leaves it without an error waits for the others, so that none is thought to be gone.
+        """
+        with self.stop.listening(self.gather(os.getpid())):
+            yield
+            self.barrier()
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Elementwise sum of a small tensor over the ranks, on the device it came from."""
         return self._reduce(values, dist.ReduceOp.SUM)
@@ -141,6 +164,24 @@ class Ranks:
         if self.control is not None:
             dist.all_reduce(reduced, op=operation, group=self.control)
         return reduced.to(values.device)
+
+
+def is_first_to_fail(rank: int) -> bool:
+    """Whether no other rank of the run has asked this before, so that a failure is told once.
+
+    Before the ranks have joined it is rank 0; they fail alike there. When rank 0 is gone it is every rank.
+    """
+    if not dist.is_initialized():
+        return rank == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except dist.DistError:
+        return True
+
+
+def comes_from_another_rank(error: BaseException) -> bool:
+    """Whether an error only says that a rank which had joined cannot be reached any more."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def _describe(phase: str, plan: Mapping[str, int]) -> str:

@@ -43,6 +43,18 @@ class UntrustworthyUpdate(DsInpaintError):
     exit_code = 4
 
 
+class Stopped(DsInpaintError):
+    """The run was asked to stop, and did so without losing an update; the same command goes on."""
+
+    exit_code = 7
+
+
+class NonFinite(DsInpaintError):
+    """Numbers that are not finite, again and again; what was saved before is good."""
+
+    exit_code = 8
+
+
 class RowsRejected(DsInpaintError):
     """Everything was done, but some rows of the data could not be used; each is listed with its reason."""
 

@@ -2,8 +2,9 @@
 
     deepspeed --num_gpus 8 -m ds_inpaint.run recipes/grpo_sd.yaml
 
-What DeepSpeed takes is passed on as it is. On one machine, a second job finds a free port by itself, ranks
-on a CPU divide its cores, and a signal ends the ranks instead of leaving them behind.
+What DeepSpeed takes is passed on as it is. On one machine, a second job finds a free port by itself and ranks
+on a CPU divide its cores. A signal goes to the ranks alone, which may have something to save: DeepSpeed's own
+processes would kill them after 30 seconds.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
-from typing import NoReturn
 
 import psutil
 import torch
@@ -23,8 +24,9 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.launcher import runner
+
+from ds_inpaint.stopping import LAUNCHER
 
 
 def main() -> None:
@@ -35,9 +37,7 @@ def main() -> None:
     if not os.path.isfile(options.hostfile):
         argv = [*port_options(given=options.master_port), *argv]
         divide_cores(options.num_gpus)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end_with_children)
-    runner.main(argv)
+    sys.exit(supervise([sys.executable, "-m", "deepspeed.launcher.runner", *argv]))
 
 
 def spell_module(argv: Sequence[str]) -> list[str]:
@@ -54,16 +54,12 @@ def spell_module(argv: Sequence[str]) -> list[str]:
 
 
 def port_options(given: int) -> list[str]:
-    """``--master_port`` with a free port, if none was given (0) and another job has DeepSpeed's default."""
-    default = TORCH_DISTRIBUTED_DEFAULT_PORT
-    with socket.socket() as probe:
-        if given or probe.connect_ex(("127.0.0.1", default)) != 0:
-            return []
+    """``--master_port`` with a free port, unless one was given; two jobs would meet at DeepSpeed's default."""
+    if given:
+        return []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    print(f"deepspeed: port {default} is taken, so the ranks meet at port {port}.", file=sys.stderr)
-    return [f"--master_port={port}"]
+        return [f"--master_port={free.getsockname()[1]}"]
 
 
 def divide_cores(num_gpus: int) -> None:
@@ -74,13 +70,33 @@ def divide_cores(num_gpus: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // ranks))
 
 
-def end_with_children(number: int, frame: FrameType | None) -> NoReturn:
-    """Signal handler: pass the signal on, wait until the ranks are gone, exit as the shell expects."""
-    children = psutil.Process().children()
-    for child in children:
-        child.send_signal(number)
-    psutil.wait_procs(children)
-    sys.exit(128 + number)
+def supervise(command: Sequence[str]) -> int:
+    """Run DeepSpeed's launcher, pass signals on to its ranks, and return its exit code.
+
+    After a signal that is 128 + the signal's number, as shells expect, unless the ranks left with a code of their own.
+    """
+    heard: list[int] = []
+    # In a session of its own, so that Ctrl-C in a terminal does not reach DeepSpeed's processes too.
+    running = psutil.Popen(command, env=os.environ | {LAUNCHER: str(os.getpid())}, start_new_session=True)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        for process in ranks_below(running) or [*running.children(recursive=True), running]:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    code = int(running.wait())
+    killed_by_signal = code < 0 or code > 128
+    return 128 + heard[0] if heard and (killed_by_signal or code == 1) else code
+
+
+def ranks_below(runner: psutil.Process) -> list[psutil.Process]:
+    """The ranks on this machine: children of the processes that DeepSpeed's runner starts, one for each machine."""
+    with suppress(psutil.NoSuchProcess):
+        return [rank for launch in runner.children() for rank in launch.children()]
+    return []
 
 
 if __name__ == "__main__":

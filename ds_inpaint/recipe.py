@@ -29,6 +29,20 @@ class Run:
     dir: Path = key(REQUIRED, "Run folder; a run found there is continued.")
     iterations: int = key(REQUIRED, "Iterations (rollout and update) in all.", at_least=1)
     seed: int = key(0, "Seeds every draw of the run.", at_least=0)
+    resume: str = key(
+        "auto",
+        "`auto` goes on from the newest checkpoint of the run folder; `never` begins anew and moves a run found there "
+        "aside; the path of a checkpoint or a run branches off from it into a run folder of its own.",
+    )
+    allow_changes: list[str] = key(
+        list, "Keys, or whole sections, that a continued run may change although what is learned changes with them."
+    )
+    max_hours: float = key(
+        0.0, "Hours until the run must have checkpointed and ended, as in a job queue; 0 sets no limit.", at_least=0
+    )
+    max_skipped: int = key(
+        5, "Updates in a row with a gradient that is not finite, each skipped, until the run stops.", at_least=1
+    )
 
 
 @dataclass(frozen=True)

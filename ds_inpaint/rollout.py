@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ds_inpaint.data import load
 from ds_inpaint.distributed import Ranks
+from ds_inpaint.errors import NonFinite
 from ds_inpaint.gaussian import Schedule
 from ds_inpaint.noise import sample_noise
 from ds_inpaint.pixels import paste_known, to_bytes
@@ -71,6 +72,8 @@ class Chunk:
     """The decoded image, uint8."""
     pasted_nCHW: Tensor
     """The decoded image with the known pixels put back, uint8."""
+    finite_n: Tensor
+    """bool, whether the image was finite as it was decoded."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,9 @@ class Rollout:
     ) -> Generated:
         """Generate this rank's samples; each micro-batch is scored while the next ones are made, and after.
 
+        Raises:
+            Stopped: on all ranks together, before the next micro-batch, since one was asked to stop.
+
         Args:
             prepared: the samples; a micro-batch never spans two parts.
             rewards: where images are scored.
@@ -186,6 +192,7 @@ class Rollout:
         pending = []
 
         def chunk_of(numbers: tuple[int, ...]) -> Chunk:
+            self.ranks.stop_if_asked()
             noise = self._noise(numbers, purpose, iteration, prepared.group_size if same_start else 1)
             chunk = self._generate(prepared, numbers, noise, record, focus)
             rows_n = prepared.rows_n(numbers)
@@ -207,21 +214,26 @@ class Rollout:
             generated: usually one; several where sizes differ, with numbers that together are 0 to N - 1.
 
         Raises:
-            RewardsUnavailable: on all ranks together, whichever rank met it.
+            RewardsUnavailable, Stopped: on all ranks together, whichever rank met it.
+            NonFinite: likewise, when more pictures are not finite than may lack a score.
         """
         started = time.perf_counter()
-        with self.ranks.together():
+        with self.ranks.together(), self.ranks.stop.interrupting():
             scores = concatenate([rewards.collect(pending) for each in generated for pending in each.pending])
         samples = [sample for each in generated for part in each.prepared.parts for sample in part]
         areas = torch.cat([each.prepared.areas_n() for each in generated])
-        everyone = self.ranks.gather((samples, scores, areas, rewards.traffic()))
+        finite = torch.cat([chunk.finite_n.cpu() for each in generated for chunk in each.chunks])
+        everyone = self.ranks.gather((samples, scores, areas, finite, rewards.traffic()))
         order_N = sample_order([number for numbers, *_ in everyone for number in numbers])
         total = concatenate([part for _, part, *_ in everyone]).rows(order_N)
+        finite_N = torch.cat([part for *_, part, _ in everyone])[order_N]
+        _require_finite(finite_N, rewards.recipe.max_invalid_fraction)
+        total = total.without(~finite_N, "the picture is not finite")
         rewards.require_enough_valid(total)
         return Rollouts(
             [part for each in generated for part in each.parts],
             total,
-            torch.cat([part for _, _, part, _ in everyone])[order_N],
+            torch.cat([part for _, _, part, *_ in everyone])[order_N],
             {
                 "seconds/rollout": sum(each.seconds for each in generated),
                 "seconds/rewards": time.perf_counter() - started,
@@ -252,8 +264,21 @@ class Rollout:
         images, holes = prepared.batch.images_BCHW[rows_n].to(device), prepared.batch.holes_B1HW[rows_n].to(device)
         focused = focus(holes)
         walked = walk(self.policy, self.schedule, given, noise_nTCHW.to(device), record=record, focus=focused)
-        raw = to_bytes(self.policy.decode(walked.end_nCHW))
-        return Chunk(numbers, given, focused, walked, raw, paste_known(raw, images, holes))
+        decoded = self.policy.decode(walked.end_nCHW)
+        raw = to_bytes(decoded)
+        return Chunk(
+            numbers, given, focused, walked, raw, paste_known(raw, images, holes), decoded.isfinite().flatten(1).all(1)
+        )
+
+
+def _require_finite(finite_N: Tensor, share: float) -> None:
+    broken = int((~finite_N).sum())
+    if broken > share * len(finite_N):
+        raise NonFinite(
+            f"{broken} of {len(finite_N)} pictures that the model drew are not finite, more than "
+            f"rewards.max_invalid_fraction={share:g}: its weights or activations are broken. Checkpoints hold finite "
+            f"weights only, so the newest is good; try engine.precision: fp32, or a lower optimizer.learning_rate."
+        )
 
 
 def score_request(

@@ -4,7 +4,7 @@
     python -m ds_inpaint.run recipes/tiny/grpo_sd.yaml          # one rank
 
 Exit codes: 0 done, 2 bad input, 3 rewards unavailable, 4 the doctor stopped the run, 5 the ranks disagreed
-on their plan, 130 interrupted, 1 anything else.
+on their plan, 7 stopped as asked, 8 numbers that are not finite, 130 interrupted, 1 anything else.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from ds_inpaint.commands import leaving, run_command
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.recipe import Recipe, load_recipe
-from ds_inpaint.run_folder import open_run_folder
+from ds_inpaint.run_folder import opened
 from ds_inpaint.trainer import train
 from ds_inpaint.zero_config import setup
 
@@ -40,10 +41,12 @@ def _run(path: Path, overrides: Sequence[str]) -> None:
 
 
 def _train(recipe: Recipe, ranks: Ranks) -> None:
-    with ranks.together():
-        if ranks.is_main:
-            open_run_folder(recipe)
-    train(recipe, ranks)
+    with ExitStack() as stack:
+        start = None
+        with ranks.together():
+            if ranks.is_main:
+                start = stack.enter_context(opened(recipe))
+        train(recipe, ranks, ranks.broadcast(start))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,36 @@
-"""The folder of a run: whether a recipe may use it, and what is found in it."""
+"""The folder of a run: who may use it, what is found in it, and from which checkpoint the run goes on."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ds_inpaint import schema
-from ds_inpaint.checkpoint_files import numbers
+from ds_inpaint.checkpoint_files import is_checkpoint, newest
 from ds_inpaint.errors import InputError
 from ds_inpaint.recipe import Recipe
+from ds_inpaint.stored_checkpoint import StoredCheckpoint
+from ds_inpaint.tracking import read_metrics
 
-RECIPE, CHECKPOINTS, METRICS = "recipe.yaml", "checkpoints", "metrics.jsonl"
+LOG = logging.getLogger(__name__)
+
+RECIPE, CHECKPOINTS, METRICS, SAMPLES, LOCK = "recipe.yaml", "checkpoints", "metrics.jsonl", "samples", "run.lock"
 """What lies in the folder of a run."""
 
+LOCK_SECONDS = 60.0
+"""How long to wait for a run in the same folder to leave, such as one whose launcher was killed."""
+
 CHANGEABLE = {
-    *("run.name", "run.dir", "run.iterations"),
+    *("run.name", "run.dir", "run.iterations", "run.resume", "run.allow_changes", "run.max_hours", "run.max_skipped"),
     *("rewards.servers", "rewards.timeout_seconds", "rewards.retry_seconds", "rewards.max_invalid_fraction"),
     *("rewards.tls_ca", "rewards.tls_certificate", "rewards.tls_key", "rewards.token_file"),
     "rewards.allow_changed_scorers",
@@ -24,56 +41,118 @@ CHANGEABLE = {
 """Keys that a continued run may change: they alter neither what is learned nor what is compared at the end."""
 
 
-def open_run_folder(recipe: Recipe) -> None:
-    """Make the run folder, or see that the run found there is one that this recipe continues.
+@contextmanager
+def opened(recipe: Recipe) -> Iterator[Path | None]:
+    """Within this context the run folder is this process's alone; it is made, or holds a run that the recipe continues.
 
-    A run that never reached a checkpoint is moved aside, to ``DIR.1`` and so on, and begun anew.
+    A run that never reached a checkpoint, or is not wanted (``run.resume: never``), is moved aside, to ``DIR.1`` and
+    so on.
+
+    Yields:
+        the checkpoint that the run goes on from, if any.
 
     Raises:
-        InputError: another recipe's run is there, or a longer one, or the folder cannot be made.
+        InputError: another process uses the folder, another recipe's run is there, or a longer one, or the folder
+            cannot be made.
     """
-    folder, file = recipe.run.dir, recipe.run.dir / RECIPE
-    done, metrics = numbers(folder / CHECKPOINTS), folder / METRICS
-    if done:
-        _refuse_other_recipe(file, recipe)
-        _refuse_longer_run(done[-1], recipe)
-    try:
-        if not done and metrics.exists() and metrics.read_text():
-            print(f"{folder} held a run without a checkpoint; it was moved to {_move_aside(folder)}.", flush=True)
-        for child in ("samples", CHECKPOINTS):
-            (folder / child).mkdir(parents=True, exist_ok=True)
-        file.write_text(schema.dump(recipe))
-    except OSError as error:
-        raise InputError(f"run.dir: {folder} cannot be written ({error}); give another folder.") from error
+    folder = recipe.run.dir
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(folder))
+            start = _start(recipe)
+            done = 0 if start is None else _check(start, recipe)
+            if start is None or folder not in start.parents:
+                if read_metrics(folder / METRICS) or newest(folder / CHECKPOINTS):
+                    print(
+                        f"{folder} held a run that is not continued; it was moved to {_move_aside(folder)}.", flush=True
+                    )
+                    folder.mkdir()
+                    stack.enter_context(_locked(folder))
+                if start is not None:
+                    _copy_history(start, done, folder)
+            for child in (SAMPLES, CHECKPOINTS):
+                (folder / child).mkdir(exist_ok=True)
+            (folder / RECIPE).write_text(schema.dump(recipe))
+        except OSError as error:
+            raise InputError(f"run.dir: {folder} cannot be written ({error}); give another folder.") from error
+        yield start
 
 
-def _refuse_other_recipe(file: Path, recipe: Recipe) -> None:
-    before, now = _flat(schema.plain(schema.load(file, [], Recipe).value)), _flat(schema.plain(recipe))
-    changes = [
-        f"  {name}: {before.get(name)!r} there, {now.get(name)!r} here"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not _may_change(name, recipe)
-    ]
-    if changes:
+def _start(recipe: Recipe) -> Path | None:
+    """The checkpoint that a run begins from."""
+    if recipe.run.resume == "never":
+        return None
+    own = newest(recipe.run.dir / CHECKPOINTS)
+    if recipe.run.resume == "auto":
+        return own
+    given = _checkpoint_at(Path(recipe.run.resume))
+    if own is None:
+        return given
+    if given.parent.resolve() == own.parent.resolve() and given.name != own.name:
         raise InputError(
-            f"run.dir: {file.parent} holds a run of another recipe:\n"
-            + "\n".join(changes)
-            + "\nGive another run.dir, or delete that folder."
+            f"run.resume: {given} is not the newest checkpoint of {recipe.run.dir}, which is {own.name}. To branch off "
+            f"there give another run.dir; to take the later iterations back delete the later checkpoints."
         )
+    return own  # the branch has checkpoints of its own, and the same command goes on from them
+
+
+def _checkpoint_at(place: Path) -> Path:
+    """The checkpoint that ``run.resume`` names: its folder, or the newest of a run's folder."""
+    found = place if is_checkpoint(place) else newest(place / CHECKPOINTS)
+    if found is None:
+        raise InputError(
+            f"run.resume: {place} is neither a checkpoint nor a run folder that has one. Give a folder such as "
+            f"runs/a/checkpoints/000050, or runs/a for its newest; or auto, or never."
+        )
+    return found
+
+
+def _check(start: Path, recipe: Recipe) -> int:
+    """See that the recipe continues what the checkpoint is of, and tell what has changed; returns iterations done."""
+    state = StoredCheckpoint.open(start).manifest.state
+    there, done = schema.load_text(state["recipe"], f"recipe of {start}", Recipe), state["progress"]["done"]
+    before, now = _flat(schema.plain(there)), _flat(schema.plain(recipe))
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    told = {name: f"  {name}: {before.get(name)!r} there, {now.get(name)!r} here" for name in changed}
+    refused = [name for name in changed if not _may_change(name, recipe)]
+    if refused:
+        raise InputError(
+            f"run.dir: {start} is of another recipe:\n"
+            + "\n".join(told[name] for name in refused)
+            + "\nGive another run.dir to begin anew; or, to go on with these changes, add "
+            + f"'run.allow_changes=[{', '.join([*recipe.run.allow_changes, *refused])}]'."
+        )
+    if done > recipe.run.iterations:
+        raise InputError(
+            f"run.iterations: found {recipe.run.iterations}, but the run in {start.parents[1]} has done {done}. Give "
+            f"at least {done}, or another run.dir."
+        )
+    if changed:
+        print(f"The run goes on from {start} with changes:\n" + "\n".join(told.values()), flush=True)
+    return int(done)
 
 
 def _may_change(name: str, recipe: Recipe) -> bool:
+    if any(name == allowed or name.startswith(f"{allowed}.") for allowed in recipe.run.allow_changes):
+        return True
     if name == "run.iterations" and recipe.optimizer.schedule == "cosine":
         return False  # the learning rate falls to 0 over these iterations, so others are another run
     return name in CHANGEABLE
 
 
-def _refuse_longer_run(done: int, recipe: Recipe) -> None:
-    if done > recipe.run.iterations:
-        raise InputError(
-            f"run.iterations: found {recipe.run.iterations}, but the run in {recipe.run.dir} has done {done}. Give "
-            f"at least {done}, or another run.dir."
-        )
+def _copy_history(start: Path, done: int, folder: Path) -> None:
+    """What the run of another folder has logged and drawn up to the checkpoint that is begun from."""
+    other = start.parents[1]
+    rows = [row for row in read_metrics(other / METRICS) if row["iteration"] <= done]
+    if not rows:
+        raise InputError(f"run.resume: {start} lies in no run: {other / METRICS} has no rows. Copy whole run folders.")
+    (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / SAMPLES).mkdir()
+    for drawn in (other / SAMPLES).iterdir():
+        if int(drawn.stem) <= done:
+            copy = shutil.copytree if drawn.is_dir() else shutil.copy2
+            copy(drawn, folder / SAMPLES / drawn.name)
 
 
 def _flat(section: object, path: str = "") -> dict[str, object]:
@@ -91,3 +170,37 @@ def _move_aside(folder: Path) -> Path:
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     return folder.rename(aside)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out; the operating system ends the lock with this process, however that ends."""
+    with (folder / LOCK).open("a+") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        told = False
+        while not _try_lock(file.fileno()):
+            file.seek(0)
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"run.dir: {folder} is in use by {file.read()}. Wait for it, stop it, or give another run.dir."
+                )
+            if not told:
+                LOG.warning("%s is in use by %s; waiting up to %.0f s for it.", folder, file.read(), LOCK_SECONDS)
+                told = True
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+            raise
+        LOG.warning("This disk has no file locks (%s): see that no two runs use one run.dir.", error)
+    return True

@@ -68,6 +68,24 @@ def load(path: Path, overrides: Sequence[str], cls: type[T]) -> Loaded[T]:
     return Loaded(recipe, building.places)
 
 
+def load_text(text: str, place: str, cls: type[T]) -> T:
+    """What ``dump`` wrote.
+
+    Args:
+        text: YAML.
+        place: where it was found, for messages.
+        cls: frozen dataclass of the whole recipe.
+
+    Raises:
+        InputError: it does not fit, as when another release wrote it.
+    """
+    root, problems = yaml_tree.read_text(text, place)
+    recipe = _Building(problems, {}).section(cls, root, "")
+    if problems:
+        raise InputError("\n".join(problems))
+    return recipe
+
+
 def load_settings(recipe: Path | None, overrides: Sequence[str], cls: type[T]) -> Loaded[T]:
     """Settings of a command that does not train, with what they have in common with a recipe taken from there.
 

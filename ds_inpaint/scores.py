@@ -42,6 +42,18 @@ class Scores:
         }
         return scorers | {f"component/{name}": float(values.nanmean()) for name, values in self.components.items()}
 
+    def without(self, broken_N: Tensor, reason: str) -> Scores:
+        """The same with no scores for the samples where ``broken_N`` is True."""
+        numbers = broken_N.nonzero().flatten().tolist()
+        if not numbers:
+            return self
+        return Scores(
+            {name: values.masked_fill(broken_N, torch.nan) for name, values in self.values.items()},
+            {name: values.masked_fill(broken_N, torch.nan) for name, values in self.components.items()},
+            self.valid_N & ~broken_N,
+            (*(f"sample {number}: {reason}" for number in numbers), *self.messages),
+        )
+
     def rows(self, index_N: Tensor) -> Scores:
         """Some samples, in the given order; the messages stay whole."""
         return Scores(

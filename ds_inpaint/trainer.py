@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -10,11 +11,11 @@ from pathlib import Path
 
 from ds_inpaint.alarms import holdout_alarms
 from ds_inpaint.cache import check_encoders
-from ds_inpaint.checkpoint_files import at, drop_old, newest
+from ds_inpaint.checkpoint_files import at, drop_old
 from ds_inpaint.data import rows_of_iteration
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.engine import Engine
-from ds_inpaint.errors import InputError, RewardsUnavailable
+from ds_inpaint.errors import InputError, NonFinite, RewardsUnavailable, Stopped
 from ds_inpaint.framing import Pixels
 from ds_inpaint.heldout import evaluate
 from ds_inpaint.meter import Meter, over_updates
@@ -25,21 +26,27 @@ from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.reward_connection import connect
 from ds_inpaint.rollout import Rollout
 from ds_inpaint.rows import read_rows
-from ds_inpaint.run_folder import CHECKPOINTS, METRICS
-from ds_inpaint.schema import plain
+from ds_inpaint.run_folder import CHECKPOINTS, METRICS, SAMPLES
+from ds_inpaint.schema import dump, plain
 from ds_inpaint.sharded_load import create
 from ds_inpaint.slots import EMA
 from ds_inpaint.tracking import Tracker, read_metrics
 from ds_inpaint.values import Experiences, Placement, Policy, Sampler, Triple
 
 
-def train(recipe: Recipe, ranks: Ranks) -> None:
-    """Run a recipe to its last iteration, from the newest checkpoint of its run folder if there is one.
+def train(recipe: Recipe, ranks: Ranks, start: Path | None) -> None:
+    """Run a recipe to its last iteration.
+
+    Args:
+        recipe: of the run.
+        ranks: that train.
+        start: checkpoint to go on from, if any.
 
     Raises:
-        DsInpaintError: on all ranks together. When rewards or data failed, the weights up to the last
-            finished iteration are checkpointed first.
+        DsInpaintError: on all ranks together. When rewards or data failed, or the run was asked to stop, the weights
+            up to the last finished iteration are checkpointed first.
     """
+    limit = TimeLimit(recipe.run.max_hours)
     with ranks.together():
         train_rows, heldout_rows = (
             read_rows(file, recipe.data, recipe.data.root) for file in (recipe.data.train, recipe.data.heldout)
@@ -50,7 +57,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         policy, engine = _build(recipe, ranks)
         stack.callback(engine.close)
         run = TrainingRun(recipe, folder, ranks, rewards, policy, engine, train_rows, heldout_rows)
-        progress = run.resume()
+        progress = Progress() if start is None else run.resume(start)
         with Tracker(
             recipe.tracking,
             folder,
@@ -60,7 +67,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
             plain(recipe),
             ranks.is_main,
         ) as tracker:
-            run.go(progress, tracker)
+            run.go(progress, tracker, limit)
         run.finish()
 
 
@@ -101,11 +108,28 @@ class Progress:
     """Iterations whose update is in the weights."""
     unlogged: dict[str, float] = field(default_factory=dict)
     """Metrics of the last of them, when the run was stopped before its evaluation let it log them."""
+    skipped: int = 0
+    """Updates at the end of them that were skipped, one after the other."""
 
     @property
     def logged(self) -> int:
         """Number of the last logged row; -1 while even that of the untrained model is missing."""
         return self.done if self.done > 0 and not self.unlogged else self.done - 1
+
+
+@dataclass
+class TimeLimit:
+    """How long a run may take."""
+
+    hours: float
+    """0 for no limit."""
+    started: float = field(default_factory=time.monotonic)
+    longest: float = 0.0
+    """Seconds of the longest iteration so far."""
+
+    def has_room(self) -> bool:
+        """Whether another iteration as long as the longest one ends in time."""
+        return self.hours == 0 or time.monotonic() + self.longest <= self.started + 3600 * self.hours
 
 
 @dataclass
@@ -120,6 +144,8 @@ class TrainingRun:
     engine: Engine
     train_rows: list[Triple]
     heldout_rows: list[Triple]
+    skipped: int = 0
+    """Updates that were skipped since the last one that was applied."""
 
     def __post_init__(self) -> None:
         self.rollouts = self._rollouts(self.recipe.sampler)
@@ -144,38 +170,51 @@ class TrainingRun:
         """Folder of the run's checkpoints."""
         return self.folder / CHECKPOINTS
 
-    def resume(self) -> Progress:
-        """Load the newest checkpoint, if there is one.
+    def resume(self, checkpoint: Path) -> Progress:
+        """Load a checkpoint.
 
         Raises:
             InputError: it is damaged, or a scorer has changed since it was saved and the recipe does not allow that.
         """
-        checkpoint = self.ranks.broadcast(newest(self.checkpoints))
-        if checkpoint is None:
-            return Progress()
         state = self.engine.load(checkpoint)
         with self.ranks.together():
             self.rewards.require_same_scorers(state["scorers"])
-        return Progress(**state["progress"])
+        progress = Progress(**state["progress"])
+        self.skipped = progress.skipped
+        return progress
 
-    def go(self, progress: Progress, tracker: Tracker) -> None:
-        """Iterate from what is done to the last iteration."""
-        if progress.unlogged:
-            self.end_iteration(progress.done, progress.unlogged, tracker)
-        elif progress.done == 0:
-            tracker.log({"iteration": 0, **self.evaluate(Progress())})
-        for iteration in range(progress.done, self.recipe.run.iterations):
-            started = time.perf_counter()
-            batch = rows_of_iteration(self.train_rows, iteration, self.recipe.data.batch, self.recipe.run.seed)
-            with self.saved_if_stopped(Progress(iteration)):
-                rollout = self.rollouts[batch[0].pixels]
-                experiences = self.recipe.algorithm.collect(batch, iteration, rollout, self.rewards)
-            metrics = self.update(experiences, first=iteration == 0)
-            seconds = time.perf_counter() - started
-            samples = self.recipe.data.batch * self.recipe.algorithm.samples_per_triple
-            metrics |= {"seconds/total": seconds, "samples_per_second": samples / seconds}
-            self.end_iteration(iteration + 1, metrics, tracker)
-        self.evaluate_if_cut_short()
+    def go(self, progress: Progress, tracker: Tracker, limit: TimeLimit) -> None:
+        """Iterate from what is done to the last iteration.
+
+        Raises:
+            Stopped: the run was asked to; what was trained is checkpointed.
+        """
+        with self.ranks.listening():
+            if progress.unlogged:
+                self.end_iteration(progress.done, progress.unlogged, tracker)
+            elif progress.done == 0:
+                tracker.log({"iteration": 0, **self.evaluate(Progress())})
+            for iteration in range(progress.done, self.recipe.run.iterations):
+                if self.ranks.is_main and not limit.has_room():
+                    self.ranks.stop.ask(f"another iteration might not end within run.max_hours={limit.hours:g}")
+                started = time.monotonic()
+                self.iterate(iteration, tracker)
+                limit.longest = max(limit.longest, time.monotonic() - started)
+            self.evaluate_if_cut_short()
+
+    def iterate(self, iteration: int, tracker: Tracker) -> None:
+        """Collect experiences, learn from them, and see to what is due afterwards."""
+        started = time.perf_counter()
+        batch = rows_of_iteration(self.train_rows, iteration, self.recipe.data.batch, self.recipe.run.seed)
+        with self.saved_if_stopped(Progress(iteration, skipped=self.skipped)):
+            self.ranks.stop_if_asked()
+            rollout = self.rollouts[batch[0].pixels]
+            experiences = self.recipe.algorithm.collect(batch, iteration, rollout, self.rewards)
+        metrics = self.update(experiences, first=iteration == 0)
+        seconds = time.perf_counter() - started
+        samples = self.recipe.data.batch * self.recipe.algorithm.samples_per_triple
+        metrics |= {"seconds/total": seconds, "samples_per_second": samples / seconds}
+        self.end_iteration(iteration + 1, metrics, tracker)
 
     def update(self, experiences: Experiences, first: bool) -> dict[str, float]:
         """Take the optimizer steps of one iteration; on the very first, the doctor looks before the step."""
@@ -195,6 +234,7 @@ class TrainingRun:
             if first and not totals:
                 self.recipe.algorithm.doctor(total)
             step = self.engine.step()
+            self.skipped = 0 if step.applied else self.skipped + 1
             before = step.updates - step.applied if before is None else before
             totals.append(
                 {
@@ -215,14 +255,25 @@ class TrainingRun:
         }
 
     def end_iteration(self, done: int, metrics: dict[str, float], tracker: Tracker) -> None:
-        """Evaluate, log and checkpoint when due."""
+        """Evaluate, log and checkpoint when due.
+
+        Raises:
+            NonFinite: too many updates in a row were skipped; nothing is saved, so that what was saved before stays.
+        """
         last = done == self.recipe.run.iterations
         if last or done % self.recipe.evaluation.every == 0:
-            metrics |= self.evaluate(Progress(done, metrics))
+            metrics |= self.evaluate(Progress(done, metrics, self.skipped))
         tracker.log({"iteration": done, **metrics})
+        if self.skipped >= self.recipe.run.max_skipped:
+            raise NonFinite(
+                f"Up to iteration {done} the last {self.skipped} updates had gradients that are not finite and were "
+                f"skipped, as many as run.max_skipped allows. The newest checkpoint is from before or amid them, and "
+                f"its weights are good. To go on from there with a lower learning rate add optimizer.learning_rate=... "
+                f"'run.allow_changes=[optimizer.learning_rate]'; or try engine.precision: fp32 in a new run.dir."
+            )
         every = self.recipe.checkpoint.every
         if every and (last or done % every == 0):
-            self.save(Progress(done))
+            self.save(Progress(done, skipped=self.skipped))
 
     def deployed_weights(self) -> AbstractContextManager[None]:
         """A context in which the engine computes with what users will get: the moving average, if there is one."""
@@ -236,42 +287,59 @@ class TrainingRun:
                 self.rewards,
                 self.heldout_rows,
                 self.recipe.evaluation,
-                self.folder / "samples",
+                self.folder / SAMPLES,
                 progress.done,
             )
         alarms = {}
         with self.ranks.together():
             if self.ranks.is_main:  # the scores of every sample lie where it wrote them
-                alarms = holdout_alarms(self.folder / "samples", progress.done, self.recipe.rewards)
+                alarms = holdout_alarms(self.folder / SAMPLES, progress.done, self.recipe.rewards)
         return {**heldout.metrics(), **alarms}
 
     def evaluate_if_cut_short(self) -> None:
         """Evaluate the last iteration of a run whose iterations were lowered to what is done already."""
         total = self.recipe.run.iterations
-        if not self.ranks.broadcast((self.folder / "samples" / f"{total:06d}.json").exists()):
+        if not self.ranks.broadcast((self.folder / SAMPLES / f"{total:06d}.json").exists()):
             self.evaluate(Progress(total))
 
     @contextmanager
     def saved_if_stopped(self, progress: Progress) -> Iterator[None]:
-        """Save, if anything was trained, before rewards or data end the run; the same command goes on from there."""
+        """Save, if anything was trained, before rewards, data or a request end the run; the same command goes on."""
         try:
             yield
         except (RewardsUnavailable, InputError):
             if progress.done > 0:
                 self.save(progress)
             raise
+        except Stopped as error:
+            saved = progress.done == 0 or self.save(progress)
+            raise Stopped(
+                f"Stopped after iteration {progress.done} of {self.recipe.run.iterations}, since {error}. "
+                + ("The same command goes on from there." if saved else "It could not be saved; see above.")
+            ) from error
 
-    def save(self, progress: Progress) -> None:
-        """Checkpoint the weights, where the run stands and who scored it, and drop the oldest checkpoints.
+    def save(self, progress: Progress) -> bool:
+        """Checkpoint the weights, where the run stands, who scored it and the recipe; drop the oldest checkpoints.
 
         Weights that have a checkpoint already, since the run was stopped before they were evaluated, get no second.
+
+        Returns:
+            whether the weights have a checkpoint now.
         """
         target = at(self.checkpoints, progress.done)
         if self.ranks.broadcast(target.exists()):
-            return
-        state = {"progress": asdict(progress), "scorers": self.rewards.fingerprints}
-        if self.engine.save(target, state) and self.ranks.is_main:
+            return True
+        recipe = dump(self.recipe)
+        state = {
+            "progress": asdict(progress),
+            "scorers": self.rewards.fingerprints,
+            "recipe": recipe,
+            "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
+        }
+        saved = self.engine.save(target, state)
+        if saved and self.ranks.is_main:
             drop_old(self.checkpoints, self.recipe.checkpoint.keep)
+        return saved
 
     def finish(self) -> None:
         """Export the model, draw the pictures and say what was reached and where it lies."""

@@ -43,12 +43,18 @@ def read(path: Path, overrides: Sequence[str]) -> tuple[Node, list[str]]:
     Raises:
         InputError: the file is missing, is not YAML, is empty or is not a mapping.
     """
+    root, problems = read_text(_bytes(path), str(path))
+    return root, problems + override(root, overrides)
+
+
+def read_text(text: bytes | str, place: str) -> tuple[Node, list[str]]:
+    """As ``read``, for the text of a recipe found at ``place``."""
     problems: list[str] = []
-    root = _parse(_bytes(path), lambda line: f"{path}:{line + 1}", problems)
+    root = _parse(text, lambda line: f"{place}:{line + 1}", problems)
     if not isinstance(root.value, dict):
         found = "is empty" if root.value is None else "is not a mapping"
-        raise InputError(f"{path} {found}. A recipe is a mapping of sections, such as `algorithm:`.")
-    return root, problems + override(root, overrides)
+        raise InputError(f"{place} {found}. A recipe is a mapping of sections, such as `algorithm:`.")
+    return root, problems
 
 
 def override(root: Node, overrides: Sequence[str]) -> list[str]:

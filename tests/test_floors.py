@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
-    "errors keys pixels",
+    "errors stopping keys pixels",
     "yaml_tree key_types schema framing",
     "processes regions gaussian noise masks scores policy_gradient advantages preference ranks combiners "
     "fidelity brushnet_protocol statistics",
@@ -43,7 +43,7 @@ HOMES = {
         "ds_inpaint.engine",
         "ds_inpaint.launcher",
     ],
-    "psutil": ["ds_inpaint.launcher"],
+    "psutil": ["ds_inpaint.launcher", "ds_inpaint.stopping"],
     "torch.distributed": ["ds_inpaint.distributed"],
     "diffusers": ["ds_inpaint.models"],
     "transformers": ["ds_inpaint.models", "reward_servers"],

@@ -246,10 +246,11 @@ def test_a_finished_run_may_be_made_longer_but_not_shorter(ended, out):
 def test_another_recipe_does_not_touch_the_run_it_finds(ended, out):
     assert codes(ended["other"]) == [2, 2]
     assert ended["other"][0]["err"] == (
-        f"ds_inpaint: Rank 0: run.dir: {out / 'whole'} holds a run of another recipe:\n"
+        f"ds_inpaint: Rank 0: run.dir: {out / 'whole'}/checkpoints/000004 is of another recipe:\n"
         "  algorithm.group_size: 4 there, 8 here\n"
         "  rewards.scorers.seam: 1.0 there, 2.0 here\n"
-        "Give another run.dir, or delete that folder.\n"
+        "Give another run.dir to begin anew; or, to go on with these changes, add "
+        "'run.allow_changes=[algorithm.group_size, rewards.scorers.seam]'.\n"
     )
     assert ended["other"][1]["err"] == ended["other"][0]["err"]  # no launcher here ends rank 1 before it speaks
     assert "group_size: 4" in (out / "whole" / "recipe.yaml").read_text()
@@ -271,7 +272,7 @@ def test_the_doctor_stops_a_training_forward_that_disagrees_with_sampling(ended,
 
 def test_a_run_without_a_checkpoint_is_moved_aside(ended, out):
     assert (
-        f"{out / 'short'} held a run without a checkpoint; it was moved to {out / 'short.1'}."
+        f"{out / 'short'} held a run that is not continued; it was moved to {out / 'short.1'}."
         in (ended["unscored"][0]["out"])
     )
 
