@@ -169,7 +169,8 @@ def _or_null(told: Json) -> Json:
         return {"anyOf": [*told["anyOf"], {"type": "null"}]}
     if "enum" in told:
         return {"anyOf": [told, {"type": "null"}]}
-    return told | {"type": ["object", "null"] if told["type"] == ["object", "null"] else [told["type"], "null"]}
+    kinds = told["type"] if isinstance(told["type"], list) else [told["type"]]
+    return told | {"type": list(dict.fromkeys([*kinds, "null"]))}
 
 
 def _limits(bounds: Bounds) -> Json:
