@@ -67,7 +67,7 @@ def write(tree: object) -> str:
 
 
 def inline(tree: object) -> str:
-    """The same on one line, as it could be typed after ``section.key=``."""
+    """The same on one line (more if there is text of several), as it could be typed after ``section.key=``."""
     text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=True)
     return text.removesuffix("\n").removesuffix("\n...")
 
