@@ -33,12 +33,11 @@ def json_schema(cls: type) -> Json:
     writing = _Writing({})
     sections = writing.section(cls)
     properties = {EXTENDS: {"description": PARENT, "type": "string"}, **sections["properties"]}
-    stands_alone = {"not": {"required": [EXTENDS]}}
     return {
         **sections,
         "type": "object",
         "properties": properties,
-        "if": stands_alone,
+        "if": {"not": {"required": [EXTENDS]}},
         "then": demands(cls),
         "definitions": dict(sorted(writing.definitions.items())),
     }
@@ -184,10 +183,11 @@ def _limits(bounds: Bounds) -> Json:
 
 
 def _default(field: dataclasses.Field[Any]) -> Json:
-    if field.default is field.default_factory is MISSING:
-        return {}
+    """The default, unless it is null: the YAML language server (1.25) offers no more keys after one of those."""
     value = field.default if field.default_factory is MISSING else field.default_factory()
-    file = {"name": type(value).__module__.rpartition(".")[2]} if "door" in field.metadata and value is not None else {}
+    if value is MISSING or value is None:
+        return {}
+    file = {"name": type(value).__module__.rpartition(".")[2]} if "door" in field.metadata else {}
     return {"default": file or plain(value)}
 
 
