@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ds_inpaint import schema
-from ds_inpaint.distributed import Ranks, comes_from_another_rank, is_first_to_fail
+from ds_inpaint.distributed import Ranks, comes_from_another_rank, has_joined, is_first_to_fail
 from ds_inpaint.errors import DsInpaintError
 from ds_inpaint.recipe import Recipe
 
@@ -40,7 +40,9 @@ def run_command(body: Callable[[], None]) -> int:
         print(f"ds_inpaint: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except Exception as error:
-        if is_first_to_fail(rank):
+        if not (is_main or has_joined()):
+            time.sleep(SECONDS_FOR_RANK_0)
+        if is_first_to_fail():
             _tell_unforeseen(error, rank)
         return 1
     except KeyboardInterrupt:

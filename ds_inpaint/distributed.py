@@ -166,13 +166,15 @@ class Ranks:
         return reduced.to(values.device)
 
 
-def is_first_to_fail(rank: int) -> bool:
-    """Whether no other rank of the run has asked this before, so that a failure is told once.
+def has_joined() -> bool:
+    """Whether this process is among the ranks of a run."""
+    return dist.is_initialized()
 
-    Before the ranks have joined it is rank 0; they fail alike there. When rank 0 is gone it is every rank.
-    """
-    if not dist.is_initialized():
-        return rank == 0
+
+def is_first_to_fail() -> bool:
+    """Whether no other rank of the run has asked this before; True for any that has not joined, or lost rank 0."""
+    if not has_joined():
+        return True
     try:
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
     except dist.DistError:
@@ -181,7 +183,7 @@ def is_first_to_fail(rank: int) -> bool:
 
 def comes_from_another_rank(error: BaseException) -> bool:
     """Whether an error only says that a rank which had joined cannot be reached any more."""
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    return has_joined() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def _describe(phase: str, plan: Mapping[str, int]) -> str:

@@ -57,7 +57,7 @@ class Checkpoint:
 class Recipe:
     """A whole recipe; sections in the order the data flows."""
 
-    run: Run
+    run: Run = key(REQUIRED, "Its name, its folder and its length.")
     model: Any = door("ds_inpaint.models", "Model family and weights.")
     data: Data = key(REQUIRED, "Datasets.")
     sampler: Any = door("ds_inpaint.samplers", "How rollouts and evaluations go from noise to image.")

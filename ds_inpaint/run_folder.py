@@ -18,6 +18,7 @@ from ds_inpaint import schema
 from ds_inpaint.checkpoint_files import is_checkpoint, newest
 from ds_inpaint.errors import InputError
 from ds_inpaint.recipe import Recipe
+from ds_inpaint.recipe_diff import differences
 from ds_inpaint.stored_checkpoint import StoredCheckpoint
 from ds_inpaint.tracking import read_metrics
 
@@ -112,14 +113,12 @@ def _check(start: Path, recipe: Recipe) -> int:
     """See that the recipe continues what the checkpoint is of, and tell what has changed; returns iterations done."""
     state = StoredCheckpoint.open(start).manifest.state
     there, done = schema.load_text(state["recipe"], f"recipe of {start}", Recipe), state["progress"]["done"]
-    before, now = _flat(schema.plain(there)), _flat(schema.plain(recipe))
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    told = {name: f"  {name}: {before.get(name)!r} there, {now.get(name)!r} here" for name in changed}
+    changed = {each.key: f"  {each.key}: {each.before} there, {each.after} here" for each in differences(there, recipe)}
     refused = [name for name in changed if not _may_change(name, recipe)]
     if refused:
         raise InputError(
             f"run.dir: {start} is of another recipe:\n"
-            + "\n".join(told[name] for name in refused)
+            + "\n".join(changed[name] for name in refused)
             + "\nGive another run.dir to begin anew; or, to go on with these changes, add "
             + f"'run.allow_changes=[{', '.join([*recipe.run.allow_changes, *refused])}]'."
         )
@@ -129,7 +128,7 @@ def _check(start: Path, recipe: Recipe) -> int:
             f"at least {done}, or another run.dir."
         )
     if changed:
-        print(f"The run goes on from {start} with changes:\n" + "\n".join(told.values()), flush=True)
+        print(f"The run goes on from {start} with changes:\n" + "\n".join(changed.values()), flush=True)
     return int(done)
 
 
@@ -153,16 +152,6 @@ def _copy_history(start: Path, done: int, folder: Path) -> None:
         if int(drawn.stem) <= done:
             copy = shutil.copytree if drawn.is_dir() else shutil.copy2
             copy(drawn, folder / SAMPLES / drawn.name)
-
-
-def _flat(section: object, path: str = "") -> dict[str, object]:
-    if not isinstance(section, dict):
-        return {path: section}
-    return {
-        name: value
-        for key, inner in section.items()
-        for name, value in _flat(inner, f"{path}.{key}" if path else key).items()
-    }
 
 
 def _move_aside(folder: Path) -> Path:

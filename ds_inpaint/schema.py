@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, is_dataclass, replace
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType, NoneType
+from types import NoneType
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
-from ds_inpaint import yaml_tree
+from ds_inpaint import extends, yaml_tree
 from ds_inpaint.errors import InputError
 from ds_inpaint.key_types import (
     accepts,
@@ -31,9 +29,28 @@ from ds_inpaint.key_types import (
     within,
 )
 from ds_inpaint.keys import Bounds, Impossible
+from ds_inpaint.sections import choices, class_behind, classes, fields_of
 from ds_inpaint.yaml_tree import Node, dotted
 
 T = TypeVar("T")
+
+DEFAULT = "default"
+"""Origin of a value that nobody wrote."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of a recipe with every default filled in.
+
+    Attributes:
+        key: such as ``optimizer.learning_rate``, or ``rewards.scorers.seam`` for an entry of a mapping.
+        value: a scalar, a list, or an empty mapping.
+        origin: ``recipes/x.yaml:12``, ``override 'run.seed=1'`` or ``default``.
+    """
+
+    key: str
+    value: object
+    origin: str
 
 
 @dataclass(frozen=True)
@@ -47,19 +64,24 @@ class Loaded(Generic[T]):
         """An error about the key ``path``, such as ``data.train``, for checks that only a run can make."""
         return InputError(f"{_nearest(self.places, path)}: {path}: {message}")
 
+    def origins(self) -> list[Setting]:
+        """Every key that :func:`dump` writes, in that order, with the place that its value comes from."""
+        return [Setting(key, value, self.places.get(key, DEFAULT)) for key, value in flat(self.value).items()]
+
 
 def load(path: Path, overrides: Sequence[str], cls: type[T]) -> Loaded[T]:
     """Read a recipe.
 
     Args:
-        path: the YAML file.
-        overrides: ``section.key=value`` settings that win over the file, later ones over earlier ones.
+        path: the YAML file, which may extend others; see ``extends.py``.
+        overrides: ``section.key=value`` settings that win over the files, later ones over earlier ones.
         cls: frozen dataclass of the whole recipe, one field per section.
 
     Raises:
         InputError: every problem found, each with its place, what was found, what is allowed, what to do.
     """
-    root, problems = yaml_tree.read(path, overrides)
+    root, problems = extends.read(path, cls)
+    problems += yaml_tree.override(root, overrides)
     building = _Building(problems, {})
     recipe = building.section(cls, root, "")
     if problems:
@@ -97,7 +119,7 @@ def load_settings(recipe: Path | None, overrides: Sequence[str], cls: type[T]) -
     Raises:
         InputError: see ``load``.
     """
-    root, problems = yaml_tree.read(recipe, []) if recipe else (Node({}, "settings"), [])
+    root, problems = extends.read(recipe, cls) if recipe else (Node({}, "settings"), [])
     root = _shared(root, cls)
     problems += yaml_tree.override(root, overrides)
     building = _Building(problems, {})
@@ -109,7 +131,7 @@ def load_settings(recipe: Path | None, overrides: Sequence[str], cls: type[T]) -
 
 def _shared(node: Node, cls: type) -> Node:
     """The keys of a section that another class of sections has too."""
-    fields, kinds = _fields(cls), get_type_hints(cls)
+    fields, kinds = fields_of(cls), get_type_hints(cls)
     entries = node.value if isinstance(node.value, dict) else {}
     kept = {name: child for name, child in entries.items() if name in fields}
     nested = {name: _shared(child, kinds[name]) for name, child in kept.items() if is_section(kinds[name])}
@@ -123,11 +145,11 @@ def describe(cls: type) -> str:
 
 def _described(cls: type, path: str, when: str) -> list[str]:
     lines, kinds = [], get_type_hints(cls)
-    for name, field in _fields(cls).items():
+    for name, field in fields_of(cls).items():
         inner, doc = dotted(path, name), field.metadata["doc"]
         if "door" in field.metadata:
             package = field.metadata["door"]
-            lines.append(f"{inner}.name: {when}one of {', '.join(_choices(package))}. {doc}")
+            lines.append(f"{inner}.name: {when}one of {', '.join(choices(package))}. {doc}")
             for choice, behind in classes(package).items():
                 lines += _described(behind, inner, f"with {inner}.name={choice}: ")
             continue
@@ -155,7 +177,7 @@ def plain(value: Any) -> Any:
     """A recipe, or part of it, as nested dicts, lists and scalars; ``name`` first in what a door chose."""
     if is_dataclass(value):
         entries = {}
-        for name, field in _fields(type(value)).items():
+        for name, field in fields_of(type(value)).items():
             inner = getattr(value, name)
             entries[name] = plain(inner)
             if "door" in field.metadata and inner is not None:
@@ -166,6 +188,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def flat(recipe: object) -> dict[str, object]:
+    """The values of a recipe that are no sections, by their dotted keys, as :func:`plain` gives them."""
+    return dict(_flat(plain(recipe), ""))
+
+
+def _flat(tree: object, path: str) -> Iterator[tuple[str, object]]:
+    if isinstance(tree, dict) and tree:
+        for name, each in tree.items():
+            yield from _flat(each, dotted(path, name))
+    else:
+        yield path, tree
 
 
 @dataclass(frozen=True)
@@ -205,7 +240,7 @@ class _Building:
 
     def given(self, cls: type, entries: dict[str, Node], path: str) -> dict[str, Any]:
         """The fields that the recipe sets."""
-        fields, kinds = _fields(cls), get_type_hints(cls)
+        fields, kinds = fields_of(cls), get_type_hints(cls)
         values = {}
         for name, node in entries.items():
             inner = dotted(path, name)
@@ -226,7 +261,7 @@ class _Building:
         """The sections that the recipe leaves out; other keys left out have a default, or are asked for."""
         kinds = get_type_hints(cls)
         values: dict[str, Any] = {}
-        for name, field in _fields(cls).items():
+        for name, field in fields_of(cls).items():
             if name in entries:
                 continue
             if is_section(kinds[name]) and field.default is MISSING:
@@ -244,11 +279,11 @@ class _Building:
             self.refuse(node.where, path, f"found {found(node)}. {_allowed(field, None)}")
             return None
         package, name = field.metadata["door"], node.value["name"]
-        if name.value not in _choices(package):
-            close = did_you_mean(name.written, _choices(package))
+        if name.value not in choices(package):
+            close = did_you_mean(name.written, choices(package))
             self.refuse(name.where, dotted(path, "name"), f"found {found(name)}.{close} {_allowed(field, None)}")
             return None
-        cls = _class_named_like(import_module(f"{package}.{name.value}"))
+        cls = class_behind(package, name.value)
         if cls is None:
             wanted = f"a dataclass named like the file: {name.value.replace('_', '')}, in any case"
             self.refuse(name.where, dotted(path, "name"), f"{package}.{name.value} lacks {wanted}.")
@@ -317,37 +352,14 @@ class _Building:
         self.problems.append(f"{where}: {path}: {message}" if path else f"{where}: {message}")
 
 
-def _fields(cls: type) -> dict[str, dataclasses.Field[Any]]:
-    return {field.name: field for field in dataclasses.fields(cls) if field.init}
-
-
 def _allowed(field: dataclasses.Field[Any], kind: Any) -> str:
     declared = field.metadata
     if "door" in declared:
         package = declared["door"]
-        allowed = f"a section whose `name` is a file of {package.replace('.', '/')}: {', '.join(_choices(package))}"
+        allowed = f"a section whose `name` is a file of {package.replace('.', '/')}: {', '.join(choices(package))}"
     else:
         allowed = expected(kind, declared["bounds"])
     return f"Give {allowed}. Meaning: {declared['doc']}"
-
-
-def classes(package: str) -> dict[str, type]:
-    """The classes behind a door, by the names of their files; imports all of them."""
-    found = {name: _class_named_like(import_module(f"{package}.{name}")) for name in _choices(package)}
-    return {name: cls for name, cls in found.items() if cls is not None}
-
-
-def _choices(package: str) -> list[str]:
-    """The modules behind a door, found without importing them."""
-    modules = pkgutil.iter_modules(import_module(package).__path__)
-    return sorted(module.name for module in modules if not module.name.startswith("_"))
-
-
-def _class_named_like(module: ModuleType) -> type | None:
-    """The dataclass of a module behind a door: ``FlowSDE`` in ``flow_sde.py``."""
-    wanted = module.__name__.rpartition(".")[2].replace("_", "")
-    named = (value for name, value in vars(module).items() if name.lower() == wanted)
-    return next(filter(is_section, named), None)
 
 
 def _nearest(places: Mapping[str, str], path: str) -> str:

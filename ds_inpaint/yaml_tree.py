@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -34,8 +35,8 @@ class Node:
     written: str = ""
 
 
-def read(path: Path, overrides: Sequence[str]) -> tuple[Node, list[str]]:
-    """Read a recipe and apply ``section.key=value`` overrides, in order.
+def read(path: Path) -> tuple[Node, list[str]]:
+    """Read one file of a recipe.
 
     Returns:
         The root, a mapping, and a sentence for each problem that did not stop the reading.
@@ -43,8 +44,7 @@ def read(path: Path, overrides: Sequence[str]) -> tuple[Node, list[str]]:
     Raises:
         InputError: the file is missing, is not YAML, is empty or is not a mapping.
     """
-    root, problems = read_text(_bytes(path), str(path))
-    return root, problems + override(root, overrides)
+    return read_text(_bytes(path), str(path))
 
 
 def read_text(text: bytes | str, place: str) -> tuple[Node, list[str]]:
@@ -69,6 +69,12 @@ def override(root: Node, overrides: Sequence[str]) -> list[str]:
 def write(tree: object) -> str:
     """YAML text of nested dicts, lists and scalars, in their order; :func:`read` gives the same values."""
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+
+
+def inline(tree: object) -> str:
+    """The same on one line (more if there is text of several), as it could be typed after ``section.key=``."""
+    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=True)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def dotted(path: str, name: str) -> str:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     "errors stopping keys pixels",
-    "yaml_tree key_types schema framing",
+    "yaml_tree key_types sections extends schema json_schema framing",
     "processes regions gaussian noise masks scores policy_gradient advantages preference ranks combiners "
     "fidelity brushnet_protocol statistics",
     "images holes",
@@ -28,7 +28,7 @@ FLOORS = (
     "optimizer zero_config shards slots checkpoints sharded_load engine",
     "rollout heldout results alarms algorithm pictures comparison measure report_text report_page report",
     "algorithms",
-    "recipe run_folder model_card commands export policies",
+    "recipe recipe_schema recipe_diff run_folder model_card commands export policies",
     "meter trainer",
     "photos run prepare sample evaluate launcher",
 )

@@ -240,7 +240,8 @@ def test_a_broken_recipe_is_refused_in_a_sentence(mistake, folder, capsys):
         ("run.seed", "override 'run.seed': write it as section.key=value."),
         (
             "run.sed=1",
-            "override 'run.sed=1': run.sed: unknown key. Allowed here: name, dir, iterations, seed. Did you mean seed?",
+            "override 'run.sed=1': run.sed: unknown key. Allowed here: name, dir, iterations, seed, resume, "
+            "allow_changes, max_hours, max_skipped. Did you mean seed?",
         ),
         (
             "data.batch=3",
@@ -278,7 +279,9 @@ def test_the_other_ranks_let_rank_0_speak_first(monkeypatch, capsys):
     assert capsys.readouterr().err == "ds_inpaint: grpo.yaml does not exist.\n"
 
 
-def test_the_unbroken_recipe_runs():
+def test_the_unbroken_recipe_runs(capsys):
     Path("grpo.yaml").write_text(GOOD)
-    with pytest.raises(AssertionError, match="begun"):
-        run.main(["grpo.yaml"])
+    assert run.main(["grpo.yaml"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("ds_inpaint: rank 0 failed:\nTraceback")
+    assert told.endswith("AssertionError: the run was begun\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from itertools import product
 from pathlib import Path
 
@@ -59,3 +61,14 @@ def test_production_recipes_differ_only_where_the_algorithm_or_the_model_differs
             for name, value in keys.items():
                 twin = twins[DECIDED_BY.get(section) or DECIDED_BY.get(f"{section}.{name}")]
                 assert value == recipes[twin][section][name], f"{section}.{name} of {pair} and {twin}"
+
+
+def test_the_recipe_in_readme_extends_another(tmp_path):
+    [example] = re.findall(r"```yaml\n(extends: .*?)```", Path("README.md").read_text(), re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(example)
+    shutil.copytree("recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("tiny"))
+    recipe = schema.load(tmp_path / "mine.yaml", [], Recipe).value
+    extended = schema.load(Path("recipes/grpo_flux.yaml"), [], Recipe).value
+    assert (recipe.run.name, recipe.run.iterations) == ("cps", extended.run.iterations)
+    assert recipe.rewards.scorers.keys() == extended.rewards.scorers.keys() - {"seam"}
+    assert recipe.rewards.scorers["clip_score"] == 1.0 != extended.rewards.scorers["clip_score"]
