@@ -55,7 +55,7 @@ def _tell_unforeseen(error: Exception, rank: int) -> None:
     if comes_from_another_rank(error):
         print(
             f"ds_inpaint: Rank {rank} cannot reach another rank any more, which was killed, is out of memory, or lost "
-            f"its network ({str(error).splitlines()[0]}). The same command goes on from the newest checkpoint.",
+            f"its network ({str(error).partition('. ')[0]}). The same command goes on from the newest checkpoint.",
             file=sys.stderr,
             flush=True,
         )

@@ -71,13 +71,15 @@ def divide_cores(num_gpus: int) -> None:
 
 
 def supervise(command: Sequence[str]) -> int:
-    """Run DeepSpeed's launcher, pass signals on to its ranks, and return its exit code.
+    """Run DeepSpeed's launcher, pass signals on to its ranks, and return the exit code of the first that failed.
 
-    After a signal that is 128 + the signal's number, as shells expect, unless the ranks left with a code of their own.
+    For a rank that a signal ended that is 128 + the signal's number, as shells expect.
     """
     heard: list[int] = []
+    # When a rank is gone, C++ stack traces of the others would bury what they say of it.
+    environment = {"TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ | {LAUNCHER: str(os.getpid())}
     # In a session of its own, so that Ctrl-C in a terminal does not reach DeepSpeed's processes too.
-    running = psutil.Popen(command, env=os.environ | {LAUNCHER: str(os.getpid())}, start_new_session=True)
+    running = psutil.Popen(command, env=environment, start_new_session=True)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         heard.append(number)
@@ -88,8 +90,17 @@ def supervise(command: Sequence[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
     code = int(running.wait())
-    killed_by_signal = code < 0 or code > 128
-    return 128 + heard[0] if heard and (killed_by_signal or code == 1) else code
+    killed_by = 256 - code if 256 - code in signal.valid_signals() else 0  # DeepSpeed exits with minus the number
+    if heard:
+        return 128 + heard[0] if killed_by or code == 1 else code
+    if killed_by:
+        print(
+            f"deepspeed: a rank was killed by {signal.Signals(killed_by).name}, as when memory runs out. A training run "
+            f"goes on from its newest checkpoint by the same command.",
+            file=sys.stderr,
+        )
+        return 128 + killed_by
+    return code
 
 
 def ranks_below(runner: psutil.Process) -> list[psutil.Process]:
