@@ -168,14 +168,14 @@ class Watch:
     def _warn(self, name: str, value: float, iteration: int) -> None:
         log.warning(
             "ALARM at iteration %d: %s. For %d iterations in a row this has reached alarms.%s, which is %g: training "
-            "may be collapsing. Look at the pictures in the run's folder samples; then stop and deploy a checkpoint of "
-            "iteration %d or earlier (python -m ds_inpaint.export RUN OUT --checkpoint ITERATION), or begin a new run "
-            "with %s.",
+            "may be collapsing. Look at the pictures in the run's folder samples; then stop and deploy a checkpoint "
+            "from before iteration %d (python -m ds_inpaint.export RUN OUT --checkpoint ITERATION), or begin a new "
+            "run with %s.",
             iteration,
             SIGNS[name].says.format(value=f"{value:.3g}"),
             self._patience,
             name,
             self._bounds[name],
-            iteration - self._patience,
+            iteration - self._patience + 1,
             SIGNS[name].cure,
         )

@@ -73,7 +73,7 @@ def test_an_alarm_begins_after_enough_bad_iterations_in_a_row_and_is_told_once(
     began, ended, _ = caplog.messages
     assert began.startswith("ALARM at iteration 7: ")
     assert f"alarms.{name}" in began
-    assert "a checkpoint of iteration 4 or earlier" in began
+    assert "a checkpoint from before iteration 5 (" in began
     assert SIGNS[name].cure in began
     assert f"{name} is over at iteration 9" in ended
 
