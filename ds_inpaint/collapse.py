@@ -26,7 +26,7 @@ class Alarms:
         0.9, "Share of an iteration's groups whose utilities are all equal, and so teach nothing.", above=0, at_most=1
     )
     spread_fall: float | None = key(
-        10.0, "Factor by which the std of the reward inside groups has fallen since the first iteration.", above=1
+        5.0, "Factor by which the std of the reward inside groups has fallen since the first iteration.", above=1
     )
     kl: float | None = key(
         0.03, "Divergence from the starting weights in the units of algorithm.kl_form; needs a KL penalty.", above=0
@@ -35,7 +35,9 @@ class Alarms:
         1.2, "Factor by which the size of the model's predictions has grown or shrunk since the first.", above=1
     )
     ratio_deviation: float | None = key(
-        0.05, "Largest |ratio - 1|; clipping stops what leaves algorithm.clip_range, but brings nothing back.", above=0
+        0.01,
+        "Largest |ratio - 1|, for a clip_range near 1e-4; clipping holds a policy back, but undoes little.",
+        above=0,
     )
 
 
@@ -78,8 +80,8 @@ SIGNS = {
     "spread_fall": Sign(
         "reward/group_std",
         _fall,
-        "the reward spreads {value} times less inside groups than in the first iteration: their pictures have become "
-        "alike, or alike to the scorers",
+        "the reward spreads {value} times less inside groups than in the first iteration, so their pictures have "
+        "become alike, at least to the scorers",
         CALMER + ", " + NEARER + ", or more noise in the sampler (noise or eta)",
     ),
     "kl": Sign(
@@ -91,14 +93,14 @@ SIGNS = {
     "prediction_change": Sign(
         "prediction/rms",
         _change,
-        "the model's predictions have grown or shrunk {value} times since the first iteration",
+        "the model's predictions have become larger or smaller by a factor of {value} since the first iteration",
         CALMER + ", a longer optimizer.warmup_steps, or " + NEARER,
     ),
     "ratio_deviation": Sign(
         "ratio/max_deviation",
         _now,
         "within an iteration the policy has run away from the one that drew the samples, as |ratio - 1| reaches "
-        "{value}, and clipping cannot bring it back",
+        "{value}, which is more than clipping can mend",
         "algorithm.updates_per_rollout=1 or fewer than now, or " + CALMER,
     ),
 }
