@@ -29,7 +29,7 @@ class Alarms:
         5.0, "Factor by which the std of the reward inside groups has fallen since the first iteration.", above=1
     )
     kl: float | None = key(
-        0.03, "Divergence from the starting weights in the units of algorithm.kl_form; needs a KL penalty.", above=0
+        0.05, "Divergence from the starting weights in the units of algorithm.kl_form; needs a KL penalty.", above=0
     )
     prediction_change: float | None = key(
         1.2, "Factor by which the size of the model's predictions has grown or shrunk since the first.", above=1
