@@ -32,7 +32,7 @@ class Alarms:
         0.05, "Divergence from the starting weights in the units of algorithm.kl_form; needs a KL penalty.", above=0
     )
     prediction_change: float | None = key(
-        1.2, "Factor by which the size of the model's predictions has grown or shrunk since the first.", above=1
+        1.2, "Factor by which prediction/rms has grown or shrunk since the first iteration.", above=1
     )
     ratio_deviation: float | None = key(
         0.01,
