@@ -55,9 +55,12 @@ class DenoisingTask:
     targets_NCHW: Tensor
     weights_N1HW: Tensor | None
 
-    def errors_N(self, policy: Policy) -> Tensor:
-        """Denoising error of each image under the policy's present weights, without classifier-free guidance."""
-        prediction_NCHW = policy.predict(self.noisy_NCHW, self.times_N, self.condition, guided=False)
+    def answers_NCHW(self, policy: Policy) -> Tensor:
+        """What the policy predicts with its present weights, without classifier-free guidance."""
+        return policy.predict(self.noisy_NCHW, self.times_N, self.condition, guided=False)
+
+    def errors_N(self, prediction_NCHW: Tensor) -> Tensor:
+        """Denoising error of each image if this is what was predicted."""
         return denoising_error_N(prediction_NCHW, self.targets_NCHW, self.weights_N1HW)
 
 

@@ -137,7 +137,7 @@ def denoising_losses(pairs: Sequence[tuple[Rollout, Prepared]], count: int) -> T
                 prepared.condition.rows(prepared.rows_n(numbers).to(device)),
                 None,
             )
-            losses.update(zip(numbers, task.errors_N(policy).cpu(), strict=True))
+            losses.update(zip(numbers, task.errors_N(task.answers_NCHW(policy)).cpu(), strict=True))
     everyone = {number: loss for part in pairs[0][0].ranks.gather(losses) for number, loss in part.items()}
     return torch.stack([everyone[number] for number in range(count)])
 

@@ -95,8 +95,8 @@ def supervise(command: Sequence[str]) -> int:
         return 128 + heard[0] if killed_by or code == 1 else code
     if killed_by:
         print(
-            f"deepspeed: a rank was killed by {signal.Signals(killed_by).name}, as when memory runs out. A training run "
-            f"goes on from its newest checkpoint by the same command.",
+            f"deepspeed: a rank was killed by {signal.Signals(killed_by).name}, as when memory runs out. A training "
+            f"run goes on from its newest checkpoint by the same command.",
             file=sys.stderr,
         )
         return 128 + killed_by

@@ -10,6 +10,7 @@ from typing import Any
 
 from ds_inpaint import schema
 from ds_inpaint.algorithm import Algorithm
+from ds_inpaint.collapse import Alarms
 from ds_inpaint.data import Data
 from ds_inpaint.heldout import Evaluation
 from ds_inpaint.key_types import did_you_mean
@@ -68,6 +69,7 @@ class Recipe:
     engine: EngineSection = key(EngineSection, "How the model fits the machines.")
     evaluation: Evaluation = key(Evaluation, "Held-out evaluation.")
     checkpoint: Checkpoint = key(Checkpoint, "Checkpoints.")
+    alarms: Alarms = key(Alarms, "When metrics mean that training collapses.")
     tracking: Tracking = key(Tracking, "Where metrics go beside metrics.jsonl.")
 
     def __post_init__(self) -> None:

@@ -27,6 +27,11 @@ def mean_N(values_NCHW: Tensor, weights_N1HW: Tensor | None) -> Tensor:
     return (values_NCHW * weights_N1HW).flatten(1).sum(1) / total_N
 
 
+def rms_N(values_NCHW: Tensor) -> Tensor:
+    """Root mean square of each sample's values [N]."""
+    return mean_N(values_NCHW.square(), None).sqrt()
+
+
 @dataclass(frozen=True)
 class Focus:
     """Where in the latents a policy acts; float32 [N, 1, H, W] each, 1 inside, None = everywhere."""

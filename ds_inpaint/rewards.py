@@ -25,8 +25,10 @@ ADDRESS = re.compile(r"[^\s/]+:\d+")
 TAKEN = re.compile(
     "id|prompt|area|reward|reward_error|loss|loss_error"
     "|mean|std|group_std|invalid_fraction|silent_groups|vetoed_fraction|.+_masks"
+    "|spread_fall|kl|prediction_change|ratio_deviation"
 )
-"""What stands beside the scorers in the rows of an evaluation's samples, and in the metrics reward/ and heldout/."""
+"""What stands beside the scorers in the rows of an evaluation's samples, and in the metrics reward/, heldout/ and
+alarm/."""
 
 
 class Combiner(Protocol):

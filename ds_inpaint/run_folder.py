@@ -12,10 +12,12 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 from ds_inpaint import schema
 from ds_inpaint.checkpoint_files import is_checkpoint, newest
+from ds_inpaint.collapse import Alarms
 from ds_inpaint.errors import InputError
 from ds_inpaint.recipe import Recipe
 from ds_inpaint.recipe_diff import differences
@@ -37,6 +39,7 @@ CHANGEABLE = {
     "rewards.allow_changed_scorers",
     *("engine.zero_stage", "engine.micro_batch", "engine.activation_checkpointing", "engine.gather_once"),
     *("engine.timeout_minutes", "engine.reduce_bucket", "engine.prefetch_bucket"),
+    *(f"alarms.{bound.name}" for bound in fields(Alarms)),
     *("evaluation.every", "checkpoint.every", "checkpoint.keep", "tracking.wandb", "tracking.project"),
 }
 """Keys that a continued run may change: they alter neither what is learned nor what is compared at the end."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from ds_inpaint.alarms import holdout_alarms
 from ds_inpaint.cache import check_encoders
 from ds_inpaint.checkpoint_files import at, drop_old
+from ds_inpaint.collapse import Watch
 from ds_inpaint.data import rows_of_iteration
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.engine import Engine
@@ -150,6 +151,7 @@ class TrainingRun:
     def __post_init__(self) -> None:
         self.rollouts = self._rollouts(self.recipe.sampler)
         self.evaluations = self._rollouts(self.recipe.evaluation.sampler or self.recipe.sampler)
+        self.watch = Watch(self.recipe.alarms, self.folder / METRICS)
 
     def _rollouts(self, sampler: Sampler) -> dict[Pixels, Rollout]:
         """Rollouts for every size of pictures."""
@@ -263,7 +265,8 @@ class TrainingRun:
         last = done == self.recipe.run.iterations
         if last or done % self.recipe.evaluation.every == 0:
             metrics |= self.evaluate(Progress(done, metrics, self.skipped))
-        tracker.log({"iteration": done, **metrics})
+        alarms = self.watch.alarms(done, metrics) if self.ranks.is_main else {}
+        tracker.log({"iteration": done, **metrics, **alarms})
         if self.skipped >= self.recipe.run.max_skipped:
             raise NonFinite(
                 f"Up to iteration {done} the last {self.skipped} updates had gradients that are not finite and were "

@@ -8,6 +8,7 @@ Leaves the exit code and what was printed as ``OUT/NAME.rankR.json``. Some names
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -20,10 +21,14 @@ import torch
 
 from ds_inpaint import commands, run, trainer
 from ds_inpaint.distributed import Ranks
+from ds_inpaint.engine import Engine
 from ds_inpaint.errors import RewardsUnavailable
 from ds_inpaint.models.sd import SDPolicy
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.zero_config import setup
+
+
+IS_RANK_1 = os.environ["RANK"] == "1"
 
 
 @contextmanager
@@ -59,7 +64,59 @@ def other_scorers() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def nan_rewards() -> Iterator[None]:
+    """The first sample of every micro-batch of rank 1 has no finite score."""
+    collect = RewardClient.collect
+
+    def broken(self, pending):
+        scores = collect(self, pending)
+        return scores.without(torch.arange(len(scores.valid_N)) == 0, "planted")
+
+    with patch.object(RewardClient, "collect", broken) if IS_RANK_1 else nullcontext():
+        yield
+
+
+@contextmanager
+def nan_gradients(updates: range) -> Iterator[None]:
+    """Rank 1 computes gradients that are not finite in these updates."""
+    backward, step = Engine.backward, Engine.step
+    done = 0
+
+    def broken(self, loss):
+        backward(self, loss * torch.nan if IS_RANK_1 and done in updates else loss)
+
+    def counted(self):
+        nonlocal done
+        done += 1
+        return step(self)
+
+    with patch.object(Engine, "backward", broken), patch.object(Engine, "step", counted):
+        yield
+
+
+@contextmanager
+def nan_weights() -> Iterator[None]:
+    """After the first iteration the weights that rank 1 holds are not finite."""
+    iterate = trainer.TrainingRun.iterate
+
+    def broken(self, iteration, tracker):
+        if iteration == 1 and IS_RANK_1:
+            shards = self.engine._checkpoints.shards
+            shards.masters[0].fill_(torch.nan)
+        if iteration == 1:
+            self.engine._checkpoints.shards.write(self.engine._checkpoints.shards.masters)
+        iterate(self, iteration, tracker)
+
+    with patch.object(trainer.TrainingRun, "iterate", broken):
+        yield
+
+
 FAULTS = {
+    "nan_reward": nan_rewards,
+    "nan_gradient": lambda: nan_gradients(range(1, 2)),
+    "nan_gradients": lambda: nan_gradients(range(1, 100)),
+    "nan_weight": nan_weights,
     "disagreeing": another_training_forward,
     "unscored": no_scores_at_the_end,
     "other_scorers": other_scorers,

@@ -85,4 +85,4 @@ def test_a_task_asks_for_what_the_process_says(hole_weight):
         squares = (sigma * ((1 - sigma) * clean[row] + sigma * noise[row]) - (noise[row] - clean[row])) ** 2
         inside, total = squares[:, 1].sum(), squares.sum()
         expected = total / 32 if hole_weight is None else (total + 2 * inside) / (32 + 2 * 8)
-        torch.testing.assert_close(task.errors_N(Pointwise())[row], expected)
+        torch.testing.assert_close(task.errors_N(task.answers_NCHW(Pointwise()))[row], expected)

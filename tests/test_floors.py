@@ -26,7 +26,7 @@ FLOORS = (
     "reward_client reward_connection",
     "resharding tensor_file checkpoint_files stored_checkpoint",
     "optimizer zero_config shards slots checkpoints sharded_load engine",
-    "rollout heldout results alarms algorithm pictures comparison measure report_text report_page report",
+    "rollout heldout results alarms collapse algorithm pictures comparison measure report_text report_page report",
     "algorithms",
     "recipe recipe_schema recipe_diff run_folder model_card commands export policies",
     "meter trainer",

@@ -88,6 +88,20 @@ def errors_of_one(rollout, task, image, cells_HW):
     return (answer - task.targets_NCHW[row])[0][:, cells_HW].square().mean().item()
 
 
+def size_of_predictions(rollout, tasks):
+    """Root mean square of what the policy predicts for each image of some tasks, alone in its batch; their mean."""
+    sizes = []
+    for task in tasks:
+        for image in range(len(task.noisy_NCHW)):
+            row = torch.tensor([image])
+            with torch.no_grad():
+                answer = rollout.policy.predict(
+                    task.noisy_NCHW[row], task.times_N[row], task.condition.rows(row), guided=False
+                )
+            sizes.append((answer**2).mean().item() ** 0.5)
+    return sum(sizes) / len(sizes)
+
+
 def judged_pairs(rollout, triples, rewards=BRIGHT, **keys):
     experiences = DPO(group_size=3, **keys).collect(triples, 0, rollout, rewards)
     return experiences.updates[0], experiences.metrics
@@ -164,6 +178,8 @@ def test_groups_of_equal_rewards_do_equal_work_of_no_weight(rollout, triples, mo
     assert metrics["preference/pairs"] == 0
     losses = [DPO().loss(rollout.policy, pair) for pair in pairs]
     assert [loss.value.item() for loss in losses] == [0.0, 0.0]
+    size = sum(loss.shares["prediction/rms"].item() for loss in losses)  # what is no pair is still a prediction
+    assert size == pytest.approx(size_of_predictions(rollout, [pair.task for pair in pairs]), rel=1e-4)
     sum(loss.value for loss in losses).backward()
     assert all(weight.grad.abs().max() == 0 for weight in module.parameters())
 
@@ -216,6 +232,24 @@ def test_sft_is_the_error_on_the_original_images(rollout, triples, cells_BHW, fa
         mean = (weight * hole.sum() + known.sum()) / (weight * hole.numel() + known.numel())
         expected += mean.item() / 2
     assert loss.value.item() == pytest.approx(expected, rel=1e-4)
+    assert loss.shares["prediction/rms"].item() == pytest.approx(size_of_predictions(rollout, [shown.task]), rel=1e-4)
+
+
+@pytest.mark.usefixtures("moved")
+def test_grpo_tells_the_size_of_its_predictions(rollout, triples, family):
+    noisy = plain_rollout(rollout.policy, DDIM(4, 1.0) if family == "sd" else FlowSDE(4))
+    algorithm = GRPO(group_size=2, trained_steps=2)
+    [steps] = algorithm.collect(triples, 0, noisy, BRIGHT).updates
+    told = sum(algorithm.loss(rollout.policy, step).shares["prediction/rms"].item() for step in steps)
+    sizes = []
+    for step in steps:
+        for sample, latents_CHW in enumerate(step.latents_nCHW):
+            given = step.condition.rows(torch.tensor([sample]))
+            time = step.schedule.times_N(step.step, latents_CHW[None])
+            with torch.no_grad():
+                sizes.append(rollout.policy.predict(latents_CHW[None], time, given, guided=True).norm().item())
+    dimensions = math.prod(rollout.latent_shape)
+    assert told == pytest.approx(sum(sizes) / len(sizes) / dimensions**0.5, rel=1e-4)
 
 
 def test_prompts_are_dropped_at_the_rate_asked_for(triples):

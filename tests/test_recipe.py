@@ -57,7 +57,7 @@ BROKEN = {
     "unknown section": (
         ("optimizer:", "optimiser:"),
         "grpo.yaml:24: optimiser: unknown key. Allowed here: run, model, data, sampler, algorithm, rewards, "
-        "optimizer, ema, engine, evaluation, checkpoint, tracking. Did you mean optimizer?",
+        "optimizer, ema, engine, evaluation, checkpoint, alarms, tracking. Did you mean optimizer?",
     ),
     "wrong type": (
         ("  iterations: 3", "  iterations: many"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_inpaint.regions import latent_holes, mean_N
+from ds_inpaint.regions import latent_holes, mean_N, rms_N
 
 
 def pixels(*places, size=32):
@@ -59,3 +59,8 @@ def test_a_weighted_mean():
     values = torch.tensor([[[[1.0, 2.0]], [[3.0, 5.0]]]])
     weights = torch.tensor([[[[1.0, 4.0]]]])
     assert mean_N(values, weights).tolist() == pytest.approx([(1 + 3 + 4 * 2 + 4 * 5) / (2 * 5)])
+
+
+def test_the_root_mean_square_is_that_of_each_sample():
+    values = torch.tensor([[[[3.0, -4.0]]], [[[0.0, 0.0]]]])
+    torch.testing.assert_close(rms_N(values), torch.tensor([12.5**0.5, 0.0]))

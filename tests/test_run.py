@@ -28,6 +28,7 @@ from ds_inpaint.distributed import Ranks
 from ds_inpaint.framing import Framing
 from ds_inpaint.images import read_png
 from ds_inpaint.rows import read_rows
+from ds_inpaint.stored_checkpoint import read_weights
 from ds_inpaint.tracking import read_metrics
 from ds_inpaint.values import Triple
 
@@ -175,6 +176,7 @@ def ended(out, recipe, photos, server, lost, losing):
         "evaluation.pictures=3",
     ]
     killed = [str(recipe), f"run.dir={out / 'killed'}", f"rewards.servers=[{server.address}]"]
+    nan = [str(recipe), "checkpoint.every=1", "run.max_skipped=2"]
     jobs = {
         "killed": killed,
         "lost": losing,
@@ -188,6 +190,11 @@ def ended(out, recipe, photos, server, lost, losing):
         "unscored": short,
         "rescored": short,
         "corrupt": [str(recipe), f"run.dir={out / 'corrupt'}", f"data.train={corrupt}"],
+        "nan_reward": [*nan, f"run.dir={out / 'nan_reward'}", "rewards.max_invalid_fraction=0.3"],
+        "nan_gradient": [*nan, f"run.dir={out / 'nan_gradient'}"],
+        "nan_gradients": [*nan, f"run.dir={out / 'nan_gradients'}"],
+        "nan_weight": [*nan, f"run.dir={out / 'nan_weight'}"],
+        "healed": [*nan, f"run.dir={out / 'nan_weight'}"],
     }
     words = [word for name, arguments in jobs.items() for word in ("--", name, *arguments)][1:]
     ranks = start_ranks(2, ["tests/run_worker.py", str(out), *words], out / "ranks.log")
@@ -297,6 +304,38 @@ def test_a_broken_image_that_one_rank_meets_stops_both_and_loses_nothing(ended, 
     assert told.startswith(f"Rank 1: {source}: ")
     assert "cannot be read as an image" in told
     assert numbers(out / "corrupt" / "checkpoints") == [1]
+
+
+def test_a_reward_that_is_not_finite_costs_its_sample(ended, out):
+    assert codes(ended["nan_reward"]) == [0, 0]
+    learned = rows(out / "nan_reward")[1:]
+    assert [row["reward/invalid_fraction"] for row in learned] == [1 / 8] * 3
+    assert [row["update/skipped"] for row in learned] == [0] * 3
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_costs_the_update_on_all(ended, out):
+    assert codes(ended["nan_gradient"]) == [0, 0]
+    learned = rows(out / "nan_gradient")[1:]
+    assert [row["update/skipped"] for row in learned] == [0, 1, 0]
+    assert learned[1]["grad_norm"] is None
+    assert learned[0] == rows(out / "whole")[1]
+    assert learned[2]["reward/mean"] != rows(out / "whole")[3]["reward/mean"]
+
+
+def test_too_many_of_them_end_the_run_with_the_weights_from_before(ended, out):
+    assert codes(ended["nan_gradients"]) == [8, 8]
+    assert "Up to iteration 3 the last 2 updates had gradients that are not finite" in ended["nan_gradients"][0]["err"]
+    assert numbers(out / "nan_gradients" / "checkpoints") == [1, 2]
+    assert iterations(out / "nan_gradients") == [0, 1, 2, 3]
+    [good, later] = [read_weights(out / "nan_gradients" / "checkpoints" / f"{n:06d}", None) for n in (1, 2)]
+    assert all(weight.equal(later[name]) and weight.isfinite().all() for name, weight in good.items())
+
+
+def test_weights_that_are_not_finite_end_the_run_and_the_same_command_goes_on_from_good_ones(ended, out):
+    assert codes(ended["nan_weight"]) == [8, 8]
+    assert "pictures that the model drew are not finite" in ended["nan_weight"][0]["err"]
+    assert codes(ended["healed"]) == [0, 0]
+    assert rows(out / "nan_weight") == rows(out / "whole")[:4]
 
 
 def test_single_ranks_need_no_launcher_and_leave_no_server_behind(out, recipe):

@@ -56,7 +56,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(load, found):
         assert start == found
 
 
-@pytest.mark.parametrize("change", ["run.iterations=12", "engine.zero_stage=1", "rewards.retry_seconds=7"])
+@pytest.mark.parametrize("change", ["run.iterations=12", "engine.zero_stage=1", "alarms.kl=7"])
 def test_what_changes_nothing_that_is_learned_may_change_and_is_listed(load, found, change, capsys):
     name, value = change.split("=")
     with opened(load(change)) as start:
@@ -64,7 +64,7 @@ def test_what_changes_nothing_that_is_learned_may_change_and_is_listed(load, fou
     [told, listed] = capsys.readouterr().out.splitlines()
     assert told == f"The run goes on from {found} with changes:"
     assert listed.startswith(f"  {name}: ")
-    assert listed.endswith(f" there, {float(value) if 'seconds' in name else value} here")
+    assert listed.endswith(f" there, {float(value) if name == 'alarms.kl' else value} here")
 
 
 def test_what_would_make_it_another_run_is_refused_unless_it_is_forced(load, found):

@@ -81,7 +81,7 @@ ONE_RANK = {
 }
 RESUMABLE = [
     *("model.lora.rank=4", "optimizer.learning_rate=0.01", "ema.decay=0.5", "engine.zero_stage=2"),
-    *("run.iterations=4", "evaluation.every=3"),
+    *("run.iterations=4", "evaluation.every=3", "alarms.prediction_change=1.000001"),
 ]
 OTHERS = {
     "dpo_whole": ("dpo_sd", RESUMABLE),
@@ -250,6 +250,24 @@ def test_the_kl_penalty_starts_at_zero_and_is_reported(runs):
 
 
 @pytest.mark.parametrize(
+    ("name", "alarms"),
+    [
+        ("flux_aspects", {"silent_groups", "spread_fall", "prediction_change", "ratio_deviation"}),
+        ("sd_dpo", {"silent_groups", "spread_fall", "prediction_change"}),
+        ("flux_kl", {"silent_groups", "spread_fall", "prediction_change", "ratio_deviation", "kl"}),
+        ("sd_sft", {"prediction_change"}),
+    ],
+)
+def test_a_healthy_run_rings_no_alarm(runs, name, alarms):
+    untrained, *rows = read_metrics(runs / name / "metrics.jsonl")
+    assert not any(metric.startswith("alarm/") for metric in untrained)
+    for row in rows:
+        assert row["prediction/rms"] > 0
+        assert {metric for metric in row if metric.startswith("alarm/")} == {f"alarm/{alarm}" for alarm in alarms}
+        assert not any(row[f"alarm/{alarm}"] for alarm in alarms)
+
+
+@pytest.mark.parametrize(
     ("bf16", "fp32"), [("sd_bf16", "adamw_zero3"), ("sd_lora_bf16", "sd_lora_zero1"), ("flux_bf16", "flux_zero3")]
 )
 def test_the_first_gradient_of_bf16_is_about_that_of_fp32(runs, bf16, fp32):
@@ -280,6 +298,8 @@ def test_a_dpo_run_stopped_between_refreshes_goes_on_as_if_nothing_had_happened(
     assert resumed == whole
     assert [row["iteration"] for row in whole if "heldout/reward" in row] == [0, 3, 4]
     assert whole[4]["preference/max_deviation"] > 0  # the reference is neither the start nor the policy
+    # Its bound is next to nothing; of the three iterations in a row that it takes, one lies behind the stop.
+    assert [row["alarm/prediction_change"] for row in whole[1:]] == [0, 0, 0, 1]
     assert torch.equal(*(weights(trained(runs / name)) for name in ("dpo_whole", "dpo_resumed")))
 
 

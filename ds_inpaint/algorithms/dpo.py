@@ -16,7 +16,7 @@ from ds_inpaint.errors import UntrustworthyUpdate
 from ds_inpaint.keys import key
 from ds_inpaint.noise import sample_noise
 from ds_inpaint.preference import Preferences, best_and_worst, preference_loss_N, preference_margin_N
-from ds_inpaint.regions import latent_holes
+from ds_inpaint.regions import latent_holes, rms_N
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Prepared, Rollout
 from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
@@ -32,6 +32,8 @@ class Pairs:
     task: DenoisingTask
     shares_n: Tensor
     """Weight of each pair in the global mean; 0 where the group holds no preference."""
+    share: float
+    """Weight of each pair in means over all pairs, with or without a preference."""
     reference_errors_2n: Tensor
     """How well the reference denoises them."""
 
@@ -136,7 +138,8 @@ class DPO:
     def loss(self, policy: Policy, experience: Pairs) -> Loss:
         """-log sigmoid of how much better than the reference the policy denoises winners, against losers."""
         pairs = experience
-        errors_2n = pairs.task.errors_N(policy)
+        prediction_2nCHW = pairs.task.answers_NCHW(policy)
+        errors_2n = pairs.task.errors_N(prediction_2nCHW)
         best_n, worst_n = errors_2n.chunk(2)
         reference_best_n, reference_worst_n = pairs.reference_errors_2n.chunk(2)
         margin_n = preference_margin_N(best_n, worst_n, reference_best_n, reference_worst_n, self.beta)
@@ -150,7 +153,10 @@ class DPO:
         }
         return Loss(
             value=(loss_n * pairs.shares_n).sum(),
-            shares={name: (value_n * pairs.shares_n).sum() for name, value_n in shares.items()},
+            shares={
+                **{name: (value_n * pairs.shares_n).sum() for name, value_n in shares.items()},
+                "prediction/rms": rms_N(prediction_2nCHW.detach()).sum() * pairs.share / 2,
+            },
             maxima={"preference/max_deviation": (errors_2n.detach() / pairs.reference_errors_2n - 1).abs().max()},
         )
 
@@ -191,6 +197,7 @@ class DPO:
         condition = prepared.condition.rows(rows_2n.to(device))
         region = self._region(prepared.batch.holes_B1HW[rows_2n].to(device), rollout.latent_shape)
         shares_n = judged.shares_B[groups].to(device)
+        share = self.updates_per_rollout / (len(judged.shares_B) * self.times_per_pair)
         made = []
         for level in range(self.times_per_pair):
             draws = [group * self.times_per_pair + level for group in groups]
@@ -204,7 +211,7 @@ class DPO:
                 condition,
                 region,
             )
-            made.append(Pairs(task, shares_n, task.errors_N(policy)))
+            made.append(Pairs(task, shares_n, share, task.errors_N(task.answers_NCHW(policy))))
         return made
 
     def _region(self, holes_2n1HW: Tensor, latent_shape: tuple[int, ...]) -> Tensor | None:

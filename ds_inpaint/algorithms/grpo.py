@@ -17,7 +17,7 @@ from ds_inpaint.gaussian import Schedule
 from ds_inpaint.keys import Impossible, key
 from ds_inpaint.noise import generator
 from ds_inpaint.policy_gradient import clipped_surrogate, importance_ratio
-from ds_inpaint.regions import EVERYWHERE, Focus, latent_holes, mean_N
+from ds_inpaint.regions import EVERYWHERE, Focus, latent_holes, mean_N, rms_N
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Chunk, Rollout
 from ds_inpaint.values import Condition, Experiences, Loss, Policy, Sampler, Triple
@@ -177,6 +177,7 @@ class GRPO:
         shares = {
             "ratio/mean": ratio_n.detach(),
             "ratio/clip_fraction": (deviation_n > self.clip_range).float(),
+            "prediction/rms": rms_N(prediction.detach()),
         }
         if e.reference_nCHW is not None:
             if self.kl_form == "step":

@@ -15,7 +15,7 @@ import torch
 from ds_inpaint.denoising import TIME_DISTRIBUTIONS, DenoisingTask, denoising_task, hole_weights, time_quantiles
 from ds_inpaint.keys import key
 from ds_inpaint.noise import generator, sample_noise
-from ds_inpaint.regions import latent_holes
+from ds_inpaint.regions import latent_holes, rms_N
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Prepared, Rollout
 from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
@@ -94,8 +94,10 @@ class SFT:
 
     def loss(self, policy: Policy, experience: Shown) -> Loss:
         """Mean squared error of the prediction, weighted by the hole."""
-        error = experience.task.errors_N(policy).sum() * experience.share
-        return Loss(value=error, shares={"loss": error.detach()}, maxima={})
+        prediction_nCHW = experience.task.answers_NCHW(policy)
+        error = experience.task.errors_N(prediction_nCHW).sum() * experience.share
+        size = rms_N(prediction_nCHW.detach()).sum() * experience.share
+        return Loss(value=error, shares={"loss": error.detach(), "prediction/rms": size}, maxima={})
 
     def doctor(self, metrics: dict[str, float]) -> None:
         """Nothing to compare with: the targets are data."""
