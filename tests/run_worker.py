@@ -27,7 +27,6 @@ from ds_inpaint.models.sd import SDPolicy
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.zero_config import setup
 
-
 IS_RANK_1 = os.environ["RANK"] == "1"
 
 

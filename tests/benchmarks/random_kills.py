@@ -131,8 +131,8 @@ def main() -> None:
             print(
                 f"{name}: {kills} kills ({', '.join(f'{who} {count}' for who, count in sorted(hits.items()))}; "
                 f"{drafts} in the middle of a checkpoint); all processes gone after at most {max(seconds):.1f} s; "
-                f"metrics of {len(rows(war))} rows {'equal' if same_rows else 'DIFFER'}, weights, moments, slots and export "
-                f"{'equal bit for bit' if same_weights else 'DIFFER'}",
+                f"metrics of {len(rows(war))} rows {'equal' if same_rows else 'DIFFER'}, weights, moments, slots and "
+                f"export {'equal bit for bit' if same_weights else 'DIFFER'}",
                 flush=True,
             )
             assert same_rows
