@@ -19,7 +19,8 @@ CHANGEABLE = {
     "rewards.allow_changed_scorers",
     *("engine.zero_stage", "engine.micro_batch", "engine.activation_checkpointing", "engine.gather_once"),
     *("engine.timeout_minutes", "engine.reduce_bucket", "engine.prefetch_bucket"),
-    *("evaluation.every", "checkpoint.every", "checkpoint.keep", "tracking.wandb", "tracking.project"),
+    *("evaluation.every", "tracking.wandb", "tracking.project"),
+    *("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.asynchronous"),
 }
 """Keys that a continued run may change: they alter neither what is learned nor what is compared at the end."""
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from ds_inpaint.alarms import holdout_alarms
@@ -48,7 +49,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     with ExitStack() as stack:
         rewards = stack.enter_context(connect(recipe.rewards, folder / "reward_server.log", ranks, stack))
         policy, engine = _build(recipe, ranks)
-        stack.callback(engine.close)
+        stack.enter_context(engine)
         run = TrainingRun(recipe, folder, ranks, rewards, policy, engine, train_rows, heldout_rows)
         progress = run.resume()
         with Tracker(
@@ -266,15 +267,18 @@ class TrainingRun:
 
         Weights that have a checkpoint already, since the run was stopped before they were evaluated, get no second.
         """
+        self.engine.finish_save()
         target = at(self.checkpoints, progress.done)
         if self.ranks.broadcast(target.exists()):
             return
         state = {"progress": asdict(progress), "scorers": self.rewards.fingerprints}
-        if self.engine.save(target, state) and self.ranks.is_main:
-            drop_old(self.checkpoints, self.recipe.checkpoint.keep)
+        section = self.recipe.checkpoint
+        drop = partial(drop_old, self.checkpoints, section.keep, section.keep_every)
+        self.engine.save(target, state, background=section.asynchronous, then=drop)
 
     def finish(self) -> None:
         """Export the model, draw the pictures and say what was reached and where it lies."""
+        self.engine.finish_save()
         with self.deployed_weights():
             weights = self.engine.state_dict()
         if weights is None:

@@ -138,7 +138,7 @@ def test_only_what_a_rank_reads_is_checked(checkpoint):
 def test_another_format_is_refused(checkpoint):
     fields = json.loads((checkpoint / MANIFEST).read_text())
     (checkpoint / MANIFEST).write_text(json.dumps(fields | {"format": 7}))
-    with pytest.raises(InputError, match="is of format 7, and this release reads format 1"):
+    with pytest.raises(InputError, match="is of format 7, and this release reads format 2"):
         StoredCheckpoint.open(checkpoint)
 
 
