@@ -160,6 +160,13 @@ def test_old_checkpoints_are_dropped(tmp_path):
     assert sorted(child.name for child in tmp_path.iterdir()) == ["000004", "000006"]
 
 
+def test_every_so_many_are_kept_beside_the_newest(tmp_path):
+    for iteration in range(2, 22, 2):
+        write_checkpoint(tmp_path / f"{iteration:06d}")
+        drop_old(tmp_path, keep=2, keep_every=6)
+    assert numbers(tmp_path) == [6, 12, 18, 20]
+
+
 def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=5_000_000))
     with pytest.raises(NotSaved, match=r"needs 7\.000 GB and the disk has 0\.005 GB left"):

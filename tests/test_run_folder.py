@@ -22,7 +22,9 @@ def reopen(recipe, tmp_path):
     return open_twice
 
 
-@pytest.mark.parametrize("change", ["run.iterations=9", "engine.zero_stage=1", "rewards.retry_seconds=7"])
+@pytest.mark.parametrize(
+    "change", ["run.iterations=9", "engine.zero_stage=1", "rewards.retry_seconds=7", "checkpoint.asynchronous=true"]
+)
 def test_what_changes_nothing_that_is_learned_may_change(reopen, change):
     reopen([], [change])
 
