@@ -2,15 +2,14 @@
 
     python tests/benchmarks/checkpoint_cost.py [FOLDER]
 
-Runs recipes/tiny/grpo_sd.yaml and grpo_flux.yaml on 2 ranks with a moving average and a reference, saving after every
-iteration, and goes on from what they left. The medians are of rank 0; its main thread is what stands still.
-FOLDER is where the runs are put, such as on another disk; left out, a temporary folder.
+Runs recipes/tiny/grpo_sd.yaml and grpo_flux.yaml on 2 ranks, with a moving average and a reference, and saves after
+every iteration, at once and in the background in turns. Prints medians of rank 0 as a Markdown table. FOLDER is on the
+disk to measure; left out, a temporary folder.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -19,106 +18,98 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from ds_inpaint import run
-from ds_inpaint.checkpoint_files import newest
 from ds_inpaint.checkpoint_writer import CheckpointWriter
 from ds_inpaint.engine import Engine
 from ds_inpaint.photos import write_dataset
+from ds_inpaint.tracking import read_metrics
+from ds_inpaint.trainer import TrainingRun
 
-ITERATIONS = 6
-MODES = {"never": ["checkpoint.every=0"], "at once": [], "in the background": ["checkpoint.asynchronous=true"]}
-WATCHED = {"save": (Engine, "save"), "finish": (CheckpointWriter, "finish"), "load": (Engine, "load")}
+SAVES = 9
+"""The first and the last are left out: one warms up, the other is waited for."""
 OPTIONS = [
-    *("ema.decay=0.99", "algorithm.kl_weight=1.0e-3", "evaluation.every=1000", "evaluation.samples=2"),
-    *("checkpoint.every=1", "optimizer.schedule=constant"),
+    *("ema.decay=0.99", "algorithm.kl_weight=1.0e-3", "optimizer.schedule=constant", "checkpoint.every=1"),
+    *("evaluation.every=1000", "evaluation.samples=2", f"run.iterations={SAVES}"),
 ]
 
 
-class Watch:
-    """Adds up what calls take, those inside other watched calls left out."""
+def worker(folder: Path, arguments: list[str]) -> int:
+    """One rank of a run; rank 0 leaves the seconds that training stood still for each save, and those of a load."""
+    save, poll, finish = Engine.save, CheckpointWriter.finish, TrainingRun.finish
+    stalls, begun = [0.0] * SAVES, 0
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {name: [] for name in WATCHED}
-        self._inside = False
+    def adding(call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, its seconds added to those of the newest save."""
 
-    def over(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, watched."""
-
-        def watched(*arguments: Any, **named: Any) -> Any:
-            if self._inside:
-                return call(*arguments, **named)
-            self._inside, started = True, time.perf_counter()
+        def timed(*given: Any, **named: Any) -> Any:
+            started = time.perf_counter()
             try:
-                return call(*arguments, **named)
+                return call(*given, **named)
             finally:
-                self._inside = False
-                self.seconds[name].append(time.perf_counter() - started)
+                if begun:
+                    stalls[begun - 1] += time.perf_counter() - started
 
-        return watched
+        return timed
 
+    def save_in_turns(engine: Engine, checkpoint: Path, state: dict[str, Any], **named: Any) -> bool:
+        nonlocal begun
+        begun += 1
+        with patch.object(CheckpointWriter, "finish", poll):  # it is within the time of the save
+            return adding(save)(engine, checkpoint, state, **{**named, "background": begun % 2 == 0})
 
-def worker(out: Path, arguments: list[str]) -> int:
-    """One rank of a run; rank 0 leaves what its calls took."""
-    watch = Watch()
-    for name, (owner, method) in WATCHED.items():
-        setattr(owner, method, watch.over(name, getattr(owner, method)))
-    code = run.main(arguments)
-    if os.environ["RANK"] == "0":
-        out.write_text(json.dumps(watch.seconds))
-    return code
+    def load_and_finish(training: TrainingRun) -> None:
+        training.engine.finish_save()
+        started = time.perf_counter()
+        training.engine.load(training.checkpoints / f"{SAVES:06d}")
+        if training.ranks.is_main:
+            taken = {"stalls": stalls, "load": time.perf_counter() - started}
+            (folder / "taken.json").write_text(json.dumps(taken))
+        finish(training)
 
-
-def measure(recipe: str, folder: Path, options: list[str]) -> dict[str, list[float]]:
-    """What the calls of a run took."""
-    out = folder.with_suffix(".json")
-    launcher = [sys.executable, "-m", "ds_inpaint.launcher", "--num_gpus", "2"]
-    settings = [f"run.dir={folder}", *OPTIONS, *options]
-    subprocess.run([*launcher, __file__, str(out), recipe, *settings], check=True, capture_output=True)
-    taken: dict[str, list[float]] = json.loads(out.read_text())
-    return taken
-
-
-def iteration_seconds(folder: Path) -> float:
-    """Median of a run's iterations but the first, which warms up; the save after each does not count."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(row["seconds/total"] for row in rows[2:])
+    with (
+        patch.object(Engine, "save", save_in_turns),
+        patch.object(CheckpointWriter, "finish", adding(poll)),
+        patch.object(TrainingRun, "finish", load_and_finish),
+    ):
+        return run.main(arguments)
 
 
-def compare(family: str, folder: Path, data: list[str]) -> str:
+def rows(family: str, folder: Path, data: list[str]) -> str:
     """The rows of the table for one family."""
-    recipe, rows = f"recipes/tiny/grpo_{family}.yaml", []
-    for mode, keys in MODES.items():
-        own = folder / f"{family}_{mode.replace(' ', '_')}"
-        taken = measure(recipe, own, [*data, f"run.iterations={ITERATIONS}", *keys])
-        iteration = iteration_seconds(own)
-        if mode == "never":
-            rows.append(f"| {family} | {mode} | | | | {iteration:.2f} | | |")
-            continue
-        checkpoint = newest(own / "checkpoints")
-        assert checkpoint is not None
-        size = sum(file.stat().st_size for file in checkpoint.iterdir())
-        stall = (sum(taken["save"]) + sum(taken["finish"])) / ITERATIONS
-        again = measure(recipe, own, [*data, f"run.iterations={ITERATIONS + 1}", *keys])
-        rows.append(
-            f"| {family} | {mode} | {size / 1e6:.1f} | {statistics.median(taken['save']):.3f} | {stall:.3f} "
-            f"| {iteration:.2f} | {stall / iteration:.2%} | {again['load'][0]:.3f} |"
+    launcher = [sys.executable, "-m", "ds_inpaint.launcher", "--num_gpus", "2"]
+    settings = [f"recipes/tiny/grpo_{family}.yaml", f"run.dir={folder}", *OPTIONS, *data]
+    subprocess.run([*launcher, __file__, str(folder), *settings], check=True, stdout=subprocess.DEVNULL)
+    taken = json.loads((folder / "taken.json").read_text())
+    megabytes = sum(file.stat().st_size for file in (folder / "checkpoints" / f"{SAVES:06d}").iterdir()) / 1e6
+    seconds = {row["iteration"]: row["seconds/total"] for row in read_metrics(folder / "metrics.jsonl")[1:]}
+    told = []
+    for mode, numbers in {"at once": range(3, SAVES, 2), "in the background": range(2, SAVES, 2)}.items():
+        stall = statistics.median(taken["stalls"][number - 1] for number in numbers)
+        iteration = statistics.median(seconds[number + 1] for number in numbers)
+        told.append(
+            f"| {family}, {megabytes:.1f} MB | {mode} | {stall:.3f} | {stall / iteration:.2%} | {iteration:.2f} "
+            f"| {taken['load']:.3f} |"
         )
-    return "\n".join(rows)
+    return "\n".join(told)
 
 
 def main() -> int:
     """Measure and print a table, or be one rank."""
-    if sys.argv[3:]:
-        out, *arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-        return worker(Path(out), arguments)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(sys.argv[1] if sys.argv[1:] else temporary)
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    if len(words) > 1:
+        return worker(Path(words[0]), words[1:])
+    with tempfile.TemporaryDirectory(dir=words[0] if words else None) as temporary:
+        folder = Path(temporary)
         train, heldout = write_dataset(folder / "photos")
-        print("| model | saved | MB | save, s | stall per checkpoint, s | iteration, s | share | load, s |")
-        print("|---|---|---|---|---|---|---|---|", flush=True)
-        for family in ("sd", "flux"):
-            print(compare(family, folder, [f"data.train={train}", f"data.heldout={heldout}"]), flush=True)
+        lines = [
+            rows(family, folder / family, [f"data.train={train}", f"data.heldout={heldout}"])
+            for family in ("sd", "flux")
+        ]
+    print("| checkpoint | written | stands still, s | share of an iteration | iteration after it, s | load, s |")
+    print("|---|---|---|---|---|---|")
+    print("\n".join(lines))
     return 0
 
 
