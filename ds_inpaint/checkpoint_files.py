@@ -203,7 +203,7 @@ def drop_old(folder: Path, keep: int, keep_every: int = 0) -> None:
             LOG.warning("The old checkpoint %s could not be removed (%s); remove it by hand.", old, error)
 
 
-def damage(description: bytes) -> str | None:
+def broken_seal(description: bytes) -> str | None:
     """What the seal of a ``checkpoint.json`` says about its bytes; None if they are as they were written."""
     above, _, last = description.rpartition(SEAL)
     found = _digest(above)

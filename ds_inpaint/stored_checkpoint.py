@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ds_inpaint.checkpoint_files import FORMAT, MANIFEST, MASTERS, SLOT, Layout, Manifest, before, damage, file_of
+from ds_inpaint.checkpoint_files import FORMAT, MANIFEST, MASTERS, SLOT, Layout, Manifest, before, broken_seal, file_of
 from ds_inpaint.errors import InputError
 from ds_inpaint.resharding import Division, Piece, fill, moves, undivided
 from ds_inpaint.tensor_file import FileInfo, examine
@@ -72,7 +72,7 @@ class StoredCheckpoint:
                     f"{file} is of format {fields['format']}, and this release reads format {FORMAT}. Continue the "
                     f"run with the release that it was begun with."
                 )
-            if problem := damage(description):
+            if problem := broken_seal(description):
                 raise InputError(f"{file} is damaged: {problem}. {_cure(folder)}")
             return cls(folder, _manifest(fields))
         except (OSError, ValueError, KeyError, TypeError) as error:

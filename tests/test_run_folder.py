@@ -40,3 +40,9 @@ def test_what_changes_nothing_that_is_learned_may_change(reopen, change):
 def test_what_would_make_it_another_run_is_refused(reopen, first, change, told):
     with pytest.raises(InputError, match=told):
         reopen(first, [change])
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_else(recipe, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"run\.dir: .*file/run cannot be written \(.*\); give another folder"):
+        open_run_folder(load_recipe(recipe, [f"run.dir={tmp_path / 'file' / 'run'}"], 1))
