@@ -1,6 +1,7 @@
 """A checkpoint on disk: what is in it, and how it is written whole or not at all.
 
-    RUN/checkpoints/000050/checkpoint.json       what the checkpoint is of, and what tells its files from damaged ones
+    RUN/checkpoints/000050/checkpoint.json       what the checkpoint is of, and what tells its files, and this one, from
+                                                 damaged ones
     RUN/checkpoints/000050/rank0.safetensors     the shares of rank 0, and so on for each rank; without ZeRO only this
 
 While it is written the folder is called ``000050.tmp``. It holds numbers only, never code. Nothing here needs an
@@ -9,7 +10,9 @@ engine or a process group.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,13 +27,17 @@ from ds_inpaint.errors import DsInpaintError
 from ds_inpaint.resharding import Division
 from ds_inpaint.tensor_file import FileInfo, sync_folder
 
-FORMAT = 1
+LOG = logging.getLogger(__name__)
+
+FORMAT = 2
 MANIFEST = "checkpoint.json"
 DRAFT = ".tmp"
 MASTERS = "masters"
 """The trained weights in fp32, as the optimizer holds them."""
 OPTIMIZER, SLOT = "optimizer.", "slot."
 """What the names of the other quantities begin with, such as ``optimizer.exp_avg`` and ``slot.ema``."""
+SEAL = b'"sha256": '
+"""What the last line of ``checkpoint.json`` begins with, before the SHA-256 of all lines above it."""
 
 
 class NotSaved(DsInpaintError):
@@ -102,6 +109,12 @@ def newest(folder: Path) -> Path | None:
     return at(folder, done[-1]) if done else None
 
 
+def before(checkpoint: Path) -> Path | None:
+    """The newest checkpoint beside this one that is of an earlier iteration, if there is one."""
+    earlier = [number for number in numbers(checkpoint.parent) if number < int(checkpoint.name)]
+    return at(checkpoint.parent, earlier[-1]) if earlier else None
+
+
 def at(folder: Path, iteration: int) -> Path:
     """Where the checkpoint of an iteration lies."""
     return folder / f"{iteration:06d}"
@@ -157,9 +170,8 @@ def finish(target: Path, manifest: Manifest) -> None:
                 raise NotSaved(
                     f"{draft / name} is not here as its rank wrote it. Put run.dir on a disk that all machines share."
                 )
-        with (draft / MANIFEST).open("w") as file:
-            fields = {"format": FORMAT, **asdict(manifest)}
-            file.write("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in fields.items()) + "\n}\n")
+        with (draft / MANIFEST).open("wb") as file:
+            file.write(_sealed({"format": FORMAT, **asdict(manifest)}))
             file.flush()
             os.fsync(file.fileno())
         sync_folder(draft)
@@ -172,9 +184,43 @@ def discard(target: Path) -> None:
     shutil.rmtree(draft_of(target), ignore_errors=True)
 
 
-def drop_old(folder: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest ones."""
+def drop_old(folder: Path, keep: int, keep_every: int = 0) -> None:
+    """Remove old checkpoints; where the disk refuses, it warns and they stay.
+
+    Args:
+        folder: of the checkpoints.
+        keep: how many of the newest stay.
+        keep_every: those of iterations that are multiples of it stay as well; 0 for none.
+    """
     for iteration in numbers(folder)[:-keep]:
+        if keep_every and iteration % keep_every == 0:
+            continue
         old = at(folder, iteration)
-        # Renamed first, since half a checkpoint must never look like one.
-        shutil.rmtree(old.rename(draft_of(old)))
+        try:
+            # Renamed first, since half a checkpoint must never look like one.
+            shutil.rmtree(old.rename(draft_of(old)))
+        except OSError as error:
+            LOG.warning("The old checkpoint %s could not be removed (%s); remove it by hand.", old, error)
+
+
+def broken_seal(description: bytes) -> str | None:
+    """What the seal of a ``checkpoint.json`` says about its bytes; None if they are as they were written."""
+    above, _, last = description.rpartition(SEAL)
+    found = _digest(above)
+    if last == _last_line(found):
+        return None
+    return f"the SHA-256 of its lines is {found}, which is not what its last line says"
+
+
+def _sealed(fields: Mapping[str, Any]) -> bytes:
+    """The text of ``checkpoint.json``: a field a line, and at the end the SHA-256 of what stands above."""
+    above = "{\n" + "".join(f"{json.dumps(name)}: {json.dumps(value)},\n" for name, value in fields.items())
+    return above.encode() + SEAL + _last_line(_digest(above.encode()))
+
+
+def _last_line(digest: str) -> bytes:
+    return f'"{digest}"\n}}\n'.encode()
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,35 +16,20 @@ from ds_inpaint.shards import Shards  # first: it lets DeepSpeed choose its acce
 # isort: split
 import deepspeed
 
-from ds_inpaint.checkpoint_files import (
-    MASTERS,
-    OPTIMIZER,
-    SLOT,
-    Layout,
-    Manifest,
-    NotSaved,
-    begin,
-    discard,
-    draft_of,
-    file_of,
-    finish,
-    writing,
-)
+from ds_inpaint.checkpoint_files import MASTERS, OPTIMIZER, SLOT, Layout, Manifest
+from ds_inpaint.checkpoint_writer import CheckpointWriter
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import InputError
 from ds_inpaint.optimizer import STATE, memory_of, restore_memory, steps_of
 from ds_inpaint.resharding import flat_sizes
 from ds_inpaint.slots import EMA, Slots
 from ds_inpaint.stored_checkpoint import StoredCheckpoint
-from ds_inpaint.tensor_file import FileInfo, size_of, write
 from ds_inpaint.values import PRECISIONS
-
-LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Saves and restores one engine; both methods are collective."""
+    """Saves and restores one engine; its methods are collective."""
 
     engine: deepspeed.DeepSpeedEngine
     optimizer: torch.optim.Optimizer
@@ -53,6 +38,7 @@ class Checkpoints:
     slots: Slots
     ranks: Ranks
     layout: Layout
+    writer: CheckpointWriter
 
     def __post_init__(self) -> None:
         found, known = [master.numel() for master in self.shards.masters], flat_sizes(self.layout.division)
@@ -61,32 +47,11 @@ class Checkpoints:
                 f"DeepSpeed {deepspeed.__version__} divides weights into {found} elements, resharding.py into {known}."
             )
 
-    def save(self, target: Path, state: Mapping[str, Any]) -> bool:
-        """Write the folder ``target``, or nothing; returns whether it was written."""
+    def save(self, target: Path, state: Mapping[str, Any], *, background: bool, then: Callable[[], None]) -> bool:
+        """See ``CheckpointWriter.save``."""
         quantities = self._quantities()
-        tensors = {f"{name}/{i}": flat.view(-1) for name, flats in quantities.items() for i, flat in enumerate(flats)}
-        if self.ranks.rank >= self.layout.writers:
-            tensors = {}
-        name = file_of(self.ranks.rank)
-        size = sum(self.ranks.gather(size_of(tensors)))
-        own = {}
-        try:
-            with self.ranks.together():
-                if self.ranks.is_main:
-                    begin(target, size)
-            with self.ranks.together(), writing(target):
-                if tensors:
-                    own[name] = write(draft_of(target) / name, tensors)
-            files = {file: info for part in self.ranks.gather(own) for file, info in part.items()}
-            with self.ranks.together():
-                if self.ranks.is_main:
-                    finish(target, self._manifest(quantities, state, files))
-        except NotSaved as problem:
-            if self.ranks.is_main:
-                discard(target)
-                LOG.warning("NO CHECKPOINT WAS SAVED, and the run goes on. %s", problem)
-            return False
-        return True
+        manifest = self._manifest(quantities, state)
+        return self.writer.save(target, manifest, quantities, background=background, then=then)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Restore from the folder of a checkpoint; returns the ``state`` that was given to ``save``.
@@ -124,9 +89,8 @@ class Checkpoints:
             **{f"{SLOT}{name}": list(flats) for name, flats in self.slots.all().items()},
         }
 
-    def _manifest(
-        self, quantities: Mapping[str, list[Tensor]], state: Mapping[str, Any], files: Mapping[str, FileInfo]
-    ) -> Manifest:
+    def _manifest(self, quantities: Mapping[str, list[Tensor]], state: Mapping[str, Any]) -> Manifest:
+        """As things stand now, since training may go on before it is written; without the files."""
         names = {dtype: name for name, dtype in PRECISIONS.items()}
         counters = {
             "global_steps": self.engine.global_steps,
@@ -135,7 +99,7 @@ class Checkpoints:
             "schedule": self.engine.lr_scheduler.state_dict(),
         }
         precisions = {name: names[flats[0].dtype] for name, flats in quantities.items()}
-        return Manifest(self.layout, precisions, counters, state, files)
+        return Manifest(self.layout, precisions, deepcopy(counters), deepcopy(state), {})
 
     def _restore_optimizer(self, copies: Mapping[str, list[Tensor]], counters: Mapping[str, Any]) -> None:
         memories = {name: copies[f"{OPTIMIZER}{name}"] for name in STATE[self.layout.optimizer]}

@@ -7,11 +7,12 @@ are interleaved wrongly, so it refuses those orders.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,10 @@ from ds_inpaint.zero_config import EngineSection, deepspeed_config  # first: it 
 import deepspeed
 
 from ds_inpaint.checkpoint_files import Layout
+from ds_inpaint.checkpoint_writer import CheckpointWriter
 from ds_inpaint.checkpoints import Checkpoints
 from ds_inpaint.distributed import Ranks
+from ds_inpaint.errors import DsInpaintError
 from ds_inpaint.optimizer import OptimizerSection, build_optimizer, clip_and_skip, learning_rate_factor
 from ds_inpaint.shards import find_shards
 from ds_inpaint.slots import EMA, NO_EMA, Ema, Slots
@@ -95,7 +98,8 @@ class Engine:
             parameters=tuple(zip(names, shards.shapes, strict=True)),
             groups=tuple(shards.groups),
         )
-        self._checkpoints = Checkpoints(self._deepspeed, plain, shards, self._slots, ranks, layout)
+        self._writer = CheckpointWriter(ranks)
+        self._checkpoints = Checkpoints(self._deepspeed, plain, shards, self._slots, ranks, layout, self._writer)
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """The module's forward.
@@ -137,6 +141,8 @@ class Engine:
     def step(self) -> StepInfo:
         """Update the weights with the accumulated gradient, and clear it.
 
+        A checkpoint that was saved in the background becomes visible here, when it is written.
+
         Raises:
             RuntimeError: there is no gradient, or a forward still waits for its backward.
         """
@@ -150,6 +156,7 @@ class Engine:
         updates = self._deepspeed.global_steps - self._deepspeed.skipped_steps
         if applied and self._ema.decay and updates % self._ema.every == 0:
             self._slots.average(EMA, self._ema.decay)
+        self._writer.finish(wait=False)
         return StepInfo(applied, float(self._deepspeed.get_global_grad_norm()), learning_rate, updates)
 
     def save_slot(self, name: str) -> None:
@@ -191,22 +198,36 @@ class Engine:
                     whole[name] = tensor.detach().to("cpu", copy=True)
         return whole if self.ranks.is_main else None
 
-    def save(self, checkpoint: Path, state: dict[str, Any]) -> bool:
+    def save(
+        self,
+        checkpoint: Path,
+        state: dict[str, Any],
+        *,
+        background: bool = False,
+        then: Callable[[], None] = lambda: None,
+    ) -> bool:
         """Write a checkpoint from which ``load`` continues bit for bit: all slots are in it, frozen weights are not.
 
-        The folder ``checkpoint`` appears when it is whole. Where the disk has no room for it or fails, nothing of it
-        stays, rank 0 warns, and training can go on.
+        The folder ``checkpoint`` appears when it is whole. Where the disk has no room for it or fails, or a number in
+        it is not finite, nothing of it stays, rank 0 warns, and training can go on.
 
         Args:
             state: what else the caller needs to continue, as JSON; that of rank 0 is kept.
+            background: whether to write while training goes on: a copy in host memory, which takes as many bytes as
+                this rank saves. The folder then appears in a later ``step``, ``save``, ``finish_save`` or ``close``.
+            then: called on rank 0 when the folder has appeared.
 
         Returns:
-            whether it was saved.
+            whether it was saved; in the background, whether it was begun.
         """
         self._require_idle("save()")
         if self._backwards:
             raise RuntimeError("save() between backward() and step() would lose the gradient: step first.")
-        return self._checkpoints.save(checkpoint, state)
+        return self._checkpoints.save(checkpoint, state, background=background, then=then)
+
+    def finish_save(self) -> None:
+        """Wait until a checkpoint that is being written in the background, if there is one, is saved or given up."""
+        self._writer.finish()
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Continue from a checkpoint written by ``save``, in an engine that has not trained yet.
@@ -224,7 +245,22 @@ class Engine:
         return self._checkpoints.load(checkpoint)
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers; the engine cannot be used afterwards."""
+        """Finish a save and release DeepSpeed's hooks and buffers; the engine cannot be used afterwards."""
+        self.finish_save()
+        self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close; but ranks that did not foresee their end do not meet again, so that a save under way is given up."""
+        if error is None or isinstance(error, DsInpaintError) or self.ranks.world_size == 1:
+            self.finish_save()
+        self._release()
+
+    def _release(self) -> None:
         self._deepspeed.destroy()
         self._slots.clear()
 

@@ -52,6 +52,14 @@ class Checkpoint:
 
     every: int = key(50, "Iterations between checkpoints; 0 writes one only when the run must stop.", at_least=0)
     keep: int = key(2, "Newest checkpoints that are kept.", at_least=1)
+    keep_every: int = key(
+        0, "Checkpoints of iterations that are multiples of this are kept as well; 0 for none.", at_least=0
+    )
+    asynchronous: bool = key(
+        False,
+        "Write checkpoints while training goes on; takes host memory for a copy of what each rank saves. A crash "
+        "can cost the one that is being written.",
+    )
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ CHANGEABLE = {
     *("engine.zero_stage", "engine.micro_batch", "engine.activation_checkpointing", "engine.gather_once"),
     *("engine.timeout_minutes", "engine.reduce_bucket", "engine.prefetch_bucket"),
     *(f"alarms.{bound.name}" for bound in fields(Alarms)),
-    *("evaluation.every", "checkpoint.every", "checkpoint.keep", "tracking.wandb", "tracking.project"),
+    *("evaluation.every", "tracking.wandb", "tracking.project"),
+    *("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.asynchronous"),
 }
 """Keys that a continued run may change: they alter neither what is learned nor what is compared at the end."""
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ds_inpaint.checkpoint_files import FORMAT, MANIFEST, MASTERS, SLOT, Layout, Manifest, file_of
+from ds_inpaint.checkpoint_files import FORMAT, MANIFEST, MASTERS, SLOT, Layout, Manifest, before, broken_seal, file_of
 from ds_inpaint.errors import InputError
 from ds_inpaint.resharding import Division, Piece, fill, moves, undivided
 from ds_inpaint.tensor_file import FileInfo, examine
@@ -65,12 +65,15 @@ class StoredCheckpoint:
         """
         file = folder / MANIFEST
         try:
-            fields = json.loads(file.read_text())
+            description = file.read_bytes()
+            fields = json.loads(description)
             if fields["format"] != FORMAT:
                 raise InputError(
                     f"{file} is of format {fields['format']}, and this release reads format {FORMAT}. Continue the "
                     f"run with the release that it was begun with."
                 )
+            if problem := broken_seal(description):
+                raise InputError(f"{file} is damaged: {problem}. {_cure(folder)}")
             return cls(folder, _manifest(fields))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
@@ -141,4 +144,8 @@ def _manifest(fields: dict[str, Any]) -> Manifest:
 
 
 def _cure(folder: Path) -> str:
-    return f"Delete the folder {folder}; the same command then goes on from the checkpoint before it."
+    if not folder.name.isdigit():
+        return "Give another checkpoint."
+    older = before(folder)
+    then = "begins anew, since there is none before it" if older is None else f"goes on from the one before it, {older}"
+    return f"Delete the folder {folder}; the command of its run then {then}."

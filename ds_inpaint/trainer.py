@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from ds_inpaint.alarms import holdout_alarms
@@ -56,7 +57,7 @@ def train(recipe: Recipe, ranks: Ranks, start: Path | None) -> None:
     with ExitStack() as stack:
         rewards = stack.enter_context(connect(recipe.rewards, folder / "reward_server.log", ranks, stack))
         policy, engine = _build(recipe, ranks)
-        stack.callback(engine.close)
+        stack.enter_context(engine)
         run = TrainingRun(recipe, folder, ranks, rewards, policy, engine, train_rows, heldout_rows)
         progress = Progress() if start is None else run.resume(start)
         with Tracker(
@@ -315,23 +316,27 @@ class TrainingRun:
                 self.save(progress)
             raise
         except Stopped as error:
-            saved = progress.done == 0 or self.save(progress)
+            if progress.done > 0:
+                self.save(progress)
+                self.engine.finish_save()
+            saved = progress.done == 0 or self.is_saved(progress.done)
             raise Stopped(
                 f"Stopped after iteration {progress.done} of {self.recipe.run.iterations}, since {error}. "
                 + ("The same command goes on from there." if saved else "It could not be saved; see above.")
             ) from error
 
-    def save(self, progress: Progress) -> bool:
+    def is_saved(self, done: int) -> bool:
+        """Whether the weights after so many iterations have a checkpoint."""
+        return self.ranks.broadcast(at(self.checkpoints, done).exists())
+
+    def save(self, progress: Progress) -> None:
         """Checkpoint the weights, where the run stands, who scored it and the recipe; drop the oldest checkpoints.
 
         Weights that have a checkpoint already, since the run was stopped before they were evaluated, get no second.
-
-        Returns:
-            whether the weights have a checkpoint now.
         """
-        target = at(self.checkpoints, progress.done)
-        if self.ranks.broadcast(target.exists()):
-            return True
+        self.engine.finish_save()
+        if self.is_saved(progress.done):
+            return
         recipe = dump(self.recipe)
         state = {
             "progress": asdict(progress),
@@ -339,13 +344,13 @@ class TrainingRun:
             "recipe": recipe,
             "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
         }
-        saved = self.engine.save(target, state)
-        if saved and self.ranks.is_main:
-            drop_old(self.checkpoints, self.recipe.checkpoint.keep)
-        return saved
+        section = self.recipe.checkpoint
+        drop = partial(drop_old, self.checkpoints, section.keep, section.keep_every)
+        self.engine.save(at(self.checkpoints, progress.done), state, background=section.asynchronous, then=drop)
 
     def finish(self) -> None:
         """Export the model, draw the pictures and say what was reached and where it lies."""
+        self.engine.finish_save()
         with self.deployed_weights():
             weights = self.engine.state_dict()
         if weights is None:

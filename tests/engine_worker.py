@@ -13,10 +13,12 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from threading import Event, Timer
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +26,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from ds_inpaint import checkpoint_writer
+from ds_inpaint.checkpoint_files import numbers
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.engine import Engine, StepInfo
 from ds_inpaint.errors import DsInpaintError, InputError, PlanMismatch, RewardsUnavailable
@@ -53,6 +57,7 @@ CHAINS = (
 """Stages that go on from each other's checkpoints."""
 ELSEWHERE = {"zero3": "zero2", "zero2_bf16": "zero3_bf16"}
 """Section of one rank -> that of the two ranks which go on from its checkpoint."""
+IN_BACKGROUND = ("zero0", "zero2", "zero3", "zero3_bf16")
 SAMPLES = 16
 MICRO_BATCHES = 4
 LARGE, SMALL_ONES = 1024, 64
@@ -384,27 +389,146 @@ def check_refusals(ranks: Ranks, folder: Path) -> dict[str, str]:
     return found
 
 
-def check_full_disk(ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """One rank cannot write its file, then none has room; the run goes on, and saves when it can."""
+@contextmanager
+def warnings() -> Iterator[StringIO]:
+    """What is logged within this context."""
     told = StringIO()
     handler = logging.StreamHandler(told)
     logging.getLogger("ds_inpaint").addHandler(handler)
-    engine = start(FP32, ADAMW, ranks)
-    target, limits = folder / "000001", resource.getrlimit(resource.RLIMIT_FSIZE)
-    if ranks.rank == 1:
+    yield told
+    logging.getLogger("ds_inpaint").removeHandler(handler)
+
+
+@contextmanager
+def full_disk_on(ranks: Ranks, rank: int) -> Iterator[None]:
+    """Within this context a rank can write no file of more than 1000 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if ranks.rank == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    found: dict[str, Any] = {"full": engine.save(target, {})}
+    yield
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     ranks.barrier()
-    found["left"] = sorted(child.name for child in folder.iterdir())
+
+
+@contextmanager
+def held_back() -> Iterator[Event]:
+    """Within this context nobody writes a checkpoint's file before the event."""
+    write, released = checkpoint_writer.write, Event()
+
+    def wait_and_write(file, tensors):
+        assert released.wait(60)
+        return write(file, tensors)
+
+    with patch.object(checkpoint_writer, "write", wait_and_write):
+        yield released
+        released.set()
+
+
+def names(ranks: Ranks, folder: Path) -> list[str]:
+    """What is in a folder, before any rank goes on."""
+    found = sorted(child.name for child in folder.iterdir())
     ranks.barrier()
-    with patch.object(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2000)):
-        found["no_room"] = engine.save(target, {})
-    accumulate(engine)
-    found["step"] = engine.step()
-    found["later"] = engine.save(target, {})
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def check_full_disk(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """One rank cannot write its file, then none has room; the run goes on, and saves when it can."""
+    engine = start(FP32, ADAMW, ranks)
+    target = folder / "000001"
+    with warnings() as told:
+        with full_disk_on(ranks, 1):
+            found: dict[str, Any] = {"full": engine.save(target, {})}
+        found["left"] = names(ranks, folder)
+        with full_disk_on(ranks, 1):
+            found["begun"] = engine.save(target, {}, background=True)
+            engine.finish_save()
+        found["left_in_background"] = names(ranks, folder)
+        with patch.object(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2000)):
+            found["no_room"] = engine.save(target, {})
+        accumulate(engine)
+        found["step"] = engine.step()
+        found["later"] = engine.save(target, {})
     engine.close()
-    logging.getLogger("ds_inpaint").removeHandler(handler)
+    return found | {"told": told.getvalue()}
+
+
+def check_background(section: EngineSection, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """A checkpoint of two updates that is still written while the third is made, and one written at once."""
+    engine = start(section, ADAMW, ranks, ema=Ema(DECAY))
+    engine.save_slot("start")
+    two_updates(engine, 0)
+    state, appeared = {"draws": [1, 2]}, []
+    engine.save(folder / "at_once" / "000002", state)
+    target = folder / "meanwhile" / "000002"
+    with held_back() as released:
+        found: dict[str, Any] = {
+            "begun": engine.save(target, state, background=True, then=lambda: appeared.append(numbers(target.parent)))
+        }
+        state["draws"].append(3)
+        engine.save_slot("start")
+        accumulate(engine, seed=2)
+        engine.step()
+        found["before"] = names(ranks, target.parent), numbers(target.parent)
+        released.set()
+        engine.finish_save()
+    found |= {"after": names(ranks, target.parent), "appeared": appeared}
+    found["same"] = contents(target) == contents(folder / "at_once" / "000002")
+    engine.close()
+    return found
+
+
+def check_second_save(ranks: Ranks, folder: Path) -> list[list[int]]:
+    """What there is when each of two saves has appeared, the second of which is begun during the first."""
+    engine, appeared = start(FP32, ADAMW, ranks), []
+    with held_back() as released:
+        engine.save(folder / "000001", {}, background=True, then=lambda: appeared.append(numbers(folder)))
+        Timer(0.1, released.set).start()
+        engine.save(folder / "000002", {}, background=True, then=lambda: appeared.append(numbers(folder)))
+    engine.close()
+    return appeared
+
+
+def check_leaving(ranks: Ranks, folder: Path) -> dict[str, list[str]]:
+    """What there is after an engine was left, in some way, during a save."""
+    found = {}
+    for how, error in {"told": InputError("No rows."), "crashed": ValueError("A bug.")}.items():
+        with held_back() as released:
+            try:
+                with start(FP32, ADAMW, ranks) as engine:
+                    engine.save(folder / how / "000001", {}, background=True)
+                    Timer(0.1, released.set).start()
+                    raise error
+            except (InputError, ValueError):
+                found[how] = names(ranks, folder / how)
+    return found
+
+
+def check_not_saved(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """A number that is not finite: in one rank's padding, its weights, then in a slot."""
+    engine = start(FP32, ADAMW, ranks, ema=Ema(DECAY))
+    checkpoints = engine._checkpoints
+    inside = [torch.zeros_like(master, dtype=torch.bool) for master in checkpoints.shards.masters]
+    for piece in pieces(checkpoints.layout.division, ranks.rank):
+        inside[piece.flat][piece.offset : piece.offset + piece.length] = True
+    found: dict[str, Any] = {"padded": sum(int((~each).sum()) for each in inside)}
+    if ranks.rank == 1:
+        for average, own in zip(slot(engine, EMA), inside, strict=True):
+            average[~own] = float("nan")
+    with warnings() as told:
+        found["padding"] = engine.save(folder / "000001", {})
+        if ranks.rank == 1:
+            engine._slots._shards.masters[0][0] = float("nan")
+        found["weights"] = engine.save(folder / "000002", {})
+        if ranks.rank == 1:
+            engine._slots._shards.masters[0][0] = 0
+            slot(engine, EMA)[0][0] = float("-inf")
+        found["average"] = engine.save(folder / "000002", {}, background=True)
+    found["left"] = names(ranks, folder)
+    engine.close()
     return found | {"told": told.getvalue()}
 
 
@@ -462,6 +586,12 @@ def check_all(ranks: Ranks, folder: Path, before: Path) -> dict[str, Any]:
         },
         "refusals": check_refusals(ranks, folder),
         "full_disk": check_full_disk(ranks, folder / "full_disk"),
+        "background": {
+            name: check_background(SECTIONS[name], ranks, folder / "background" / name) for name in IN_BACKGROUND
+        },
+        "second_save": check_second_save(ranks, folder / "second_save"),
+        "leaving": check_leaving(ranks, folder / "leaving"),
+        "not_saved": check_not_saved(ranks, folder / "not_saved"),
         "not_finite": {name: check_not_finite(section, ranks) for name, section in stages.items()},
         "many_micro_batches": {name: check_many_micro_batches(section, ranks) for name, section in bf16.items()},
     }
@@ -475,6 +605,7 @@ def check_one_process(ranks: Ranks, folder: Path) -> dict[str, Any]:
         "failure": message(InputError, lambda: ranks.stop_together(InputError("No recipe."))),
         "update": check_update(FP32, ranks),
         "resume": {name: check_resume(SECTIONS[name], ranks, folder / name) for name in ELSEWHERE},
+        "leaving": check_leaving(ranks, folder / "leaving"),
     }
 
 

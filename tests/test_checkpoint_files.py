@@ -138,7 +138,7 @@ def test_only_what_a_rank_reads_is_checked(checkpoint):
 def test_another_format_is_refused(checkpoint):
     fields = json.loads((checkpoint / MANIFEST).read_text())
     (checkpoint / MANIFEST).write_text(json.dumps(fields | {"format": 7}))
-    with pytest.raises(InputError, match="is of format 7, and this release reads format 1"):
+    with pytest.raises(InputError, match="is of format 7, and this release reads format 2"):
         StoredCheckpoint.open(checkpoint)
 
 
@@ -158,6 +158,13 @@ def test_old_checkpoints_are_dropped(tmp_path):
         write_checkpoint(tmp_path / f"{iteration:06d}")
     drop_old(tmp_path, keep=2)
     assert sorted(child.name for child in tmp_path.iterdir()) == ["000004", "000006"]
+
+
+def test_every_so_many_are_kept_beside_the_newest(tmp_path):
+    for iteration in range(2, 22, 2):
+        write_checkpoint(tmp_path / f"{iteration:06d}")
+        drop_old(tmp_path, keep=2, keep_every=6)
+    assert numbers(tmp_path) == [6, 12, 18, 20]
 
 
 def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_worker import CHAINS, ELSEWHERE, FP32, LARGE, SECTIONS, SMALL_ONES
+from engine_worker import CHAINS, ELSEWHERE, FP32, IN_BACKGROUND, LARGE, SECTIONS, SMALL_ONES
 
 from ds_inpaint.errors import InputError
 from ds_inpaint.keys import Impossible
@@ -233,17 +233,51 @@ def test_checkpoints_that_do_not_fit_are_refused(found, folders):
 def test_a_full_disk_does_not_end_the_run(found):
     for number, rank in enumerate(found):
         full = rank["full_disk"]
-        assert (full["full"], full["no_room"], full["later"]) == (False, False, True)
-        assert full["left"] == []
+        assert (full["full"], full["begun"], full["no_room"], full["later"]) == (False, True, False, True)
+        assert full["left"] == full["left_in_background"] == []
         assert full["step"].applied
         if number == 0:
-            first, second = full["told"].splitlines()
-            assert "NO CHECKPOINT WAS SAVED" in first
-            assert "Rank 1: " in first
-            assert "File too large" in first
-            assert "the disk has 0.000 GB left" in second
+            first, second, third = full["told"].splitlines()
+            for line in (first, second):
+                assert "NO CHECKPOINT WAS SAVED" in line
+                assert "Rank 1: " in line
+                assert "File too large" in line
+            assert "the disk has 0.000 GB left" in third
         else:
             assert full["told"] == ""
+
+
+@pytest.mark.parametrize("name", IN_BACKGROUND)
+def test_a_checkpoint_written_during_training_is_that_of_its_save_bit_for_bit(found, name):
+    for number, rank in enumerate(found):
+        case = rank["background"][name]
+        assert case["begun"]
+        assert case["before"] == (["000002.tmp"], [])
+        assert case["after"] == ["000002"]
+        assert case["appeared"] == ([[2]] if number == 0 else [])
+        assert case["same"]
+
+
+def test_a_second_save_waits_for_the_first(found):
+    assert [rank["second_save"] for rank in found] == [[[1], [1, 2]], []]
+
+
+def test_whoever_leaves_during_a_save_finishes_it_if_the_others_do(alone, found):
+    assert alone["leaving"] == {"told": ["000001"], "crashed": ["000001"]}
+    for rank in found:
+        assert rank["leaving"] == {"told": ["000001"], "crashed": ["000001.tmp"]}
+
+
+def test_what_is_not_finite_is_not_saved(found):
+    assert found[1]["not_saved"]["padded"] > 0
+    for rank in found:
+        case = rank["not_saved"]
+        assert (case["padding"], case["weights"], case["average"]) == (True, False, False)
+        assert case["left"] == ["000001"]
+    first, second = found[0]["not_saved"]["told"].splitlines()
+    assert first.startswith("NO CHECKPOINT WAS SAVED, and the run goes on. Rank 1: ")
+    assert "000002 would hold numbers that are not finite: masters of body.0.weight." in first
+    assert "not finite: slot.ema of body.0.weight." in second
 
 
 @pytest.mark.parametrize("name", STAGE_NAMES)

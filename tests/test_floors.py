@@ -24,7 +24,7 @@ FLOORS = (
     "rewards distributed adapters models embedded_server plots tracking",
     "reward_traffic reward_channel reward_failover reward_routes reward_wire reward_lane",
     "reward_client reward_connection",
-    "resharding tensor_file checkpoint_files stored_checkpoint",
+    "resharding tensor_file checkpoint_files stored_checkpoint checkpoint_writer",
     "optimizer zero_config shards slots checkpoints sharded_load engine",
     "rollout heldout results alarms collapse algorithm pictures comparison measure report_text report_page report",
     "algorithms",

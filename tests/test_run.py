@@ -124,7 +124,7 @@ def server(out):
 def losing(out, recipe, server):
     """The arguments of a run whose server went away for longer than the recipe puts up with."""
     options = [f"run.dir={out / 'lost'}", f"rewards.servers=[{server.address}]", "rewards.retry_seconds=1"]
-    return [str(recipe), *options]
+    return [str(recipe), *options, "checkpoint.asynchronous=true"]
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,9 @@ def test_a_run_goes_on_from_its_newest_checkpoint(load, found):
         assert start == found
 
 
-@pytest.mark.parametrize("change", ["run.iterations=12", "engine.zero_stage=1", "alarms.kl=7"])
+@pytest.mark.parametrize(
+    "change", ["run.iterations=12", "engine.zero_stage=1", "alarms.kl=7", "checkpoint.keep_every=4"]
+)
 def test_what_changes_nothing_that_is_learned_may_change_and_is_listed(load, found, change, capsys):
     name, value = change.split("=")
     with opened(load(change)) as start:
@@ -130,6 +132,12 @@ def test_a_checkpoint_outside_of_any_run_has_no_history_to_go_on_from(load, foun
     lost = found.rename(tmp_path / "best")
     with pytest.raises(InputError, match=r"lies in no run: .*metrics.jsonl has no rows"):
         opened(load(f"run.dir={tmp_path / 'branch'}", f"run.resume={lost}")).__enter__()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_else(load, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"run\.dir: .*file/run cannot be written \(.*\); give another folder"):
+        opened(load(f"run.dir={tmp_path / 'file' / 'run'}")).__enter__()
 
 
 HOLDER = """
