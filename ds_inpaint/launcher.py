@@ -8,6 +8,7 @@ on a CPU divide its cores, and a signal ends the ranks instead of leaving them b
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -35,6 +36,8 @@ def main() -> None:
     if not os.path.isfile(options.hostfile):
         argv = [*port_options(given=options.master_port), *argv]
         divide_cores(options.num_gpus)
+    elif options.no_ssh:  # the machines must agree on a port, but each has its own cores
+        divide_cores(slots_here(options))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end_with_children)
     runner.main(argv)
@@ -64,6 +67,14 @@ def port_options(given: int) -> list[str]:
         port = free.getsockname()[1]
     print(f"deepspeed: port {default} is taken, so the ranks meet at port {port}.", file=sys.stderr)
     return [f"--master_port={port}"]
+
+
+def slots_here(options: argparse.Namespace) -> int:
+    """How many ranks this one of the machines in the hostfile runs; 0 if it is none, which DeepSpeed then says."""
+    hosts = runner.fetch_hostfile(options.hostfile)
+    hosts = runner.parse_inclusion_exclusion(hosts, options.include, options.exclude)
+    slots = [*runner.apply_num_nodes_and_gpus(hosts, options.num_nodes, options.num_gpus).values()]
+    return len(slots[options.node_rank]) if 0 <= options.node_rank < len(slots) else 0
 
 
 def divide_cores(num_gpus: int) -> None:

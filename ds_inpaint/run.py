@@ -18,7 +18,7 @@ from pathlib import Path
 from ds_inpaint.commands import leaving, run_command
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.recipe import Recipe, load_recipe
-from ds_inpaint.run_folder import open_run_folder
+from ds_inpaint.run_folder import open_run_folder, require_shared
 from ds_inpaint.trainer import train
 from ds_inpaint.zero_config import setup
 
@@ -43,6 +43,7 @@ def _train(recipe: Recipe, ranks: Ranks) -> None:
     with ranks.together():
         if ranks.is_main:
             open_run_folder(recipe)
+    require_shared(recipe.run.dir, ranks)
     train(recipe, ranks)
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import torch
@@ -59,7 +60,15 @@ def other_scorers() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def disks_of_their_own() -> Iterator[None]:
+    """Each rank finds other folders under the same relative paths."""
+    with TemporaryDirectory() as folder, chdir(folder):
+        yield
+
+
 FAULTS = {
+    "apart": disks_of_their_own,
     "disagreeing": another_training_forward,
     "unscored": no_scores_at_the_end,
     "other_scorers": other_scorers,
