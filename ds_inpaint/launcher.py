@@ -9,6 +9,7 @@ processes would kill them after 30 seconds.
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -37,6 +38,8 @@ def main() -> None:
     if not os.path.isfile(options.hostfile):
         argv = [*port_options(given=options.master_port), *argv]
         divide_cores(options.num_gpus)
+    elif options.no_ssh:  # the machines must agree on a port, but each has its own cores
+        divide_cores(slots_here(options))
     sys.exit(supervise([sys.executable, "-m", "deepspeed.launcher.runner", *argv]))
 
 
@@ -60,6 +63,14 @@ def port_options(given: int) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return [f"--master_port={free.getsockname()[1]}"]
+
+
+def slots_here(options: argparse.Namespace) -> int:
+    """How many ranks this one of the machines in the hostfile runs; 0 if it is none, which DeepSpeed then says."""
+    hosts = runner.fetch_hostfile(options.hostfile)
+    hosts = runner.parse_inclusion_exclusion(hosts, options.include, options.exclude)
+    slots = [*runner.apply_num_nodes_and_gpus(hosts, options.num_nodes, options.num_gpus).values()]
+    return len(slots[options.node_rank]) if 0 <= options.node_rank < len(slots) else 0
 
 
 def divide_cores(num_gpus: int) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from contextlib import ExitStack
 from pathlib import Path
 
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.embedded_server import EmbeddedServer
+from ds_inpaint.machines import loopback
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rewards import EMBEDDED, Rewards
 
@@ -17,7 +17,7 @@ def connect(recipe: Rewards, log: Path, ranks: Ranks, stack: ExitStack) -> Rewar
 
     Args:
         recipe: section ``rewards``.
-        log: of an embedded server.
+        log: of the embedded server of rank 0's machine; those of others are named after their first rank.
         ranks: that ask.
         stack: ends the embedded server.
 
@@ -27,12 +27,17 @@ def connect(recipe: Rewards, log: Path, ranks: Ranks, stack: ExitStack) -> Rewar
     if recipe.servers != EMBEDDED:
         addresses = list(recipe.servers)
     else:
-        own = None
+        machines = ranks.gather(loopback())
+        first = machines.index(machines[ranks.rank])
+        own = ""
         with ranks.together():
-            if ranks.local_rank == 0:
-                server = EmbeddedServer(recipe.names, log)
+            if ranks.rank == first:
+                server = EmbeddedServer(recipe.names, _log_of(first, log))
                 own = stack.enter_context(server).address
-        started = {host: address for host, address in ranks.gather((socket.gethostname(), own)) if address}
-        addresses = [started[socket.gethostname()]]
+        addresses = [ranks.gather(own)[first]]
     with ranks.together():
         return RewardClient.connect(recipe, addresses)
+
+
+def _log_of(rank: int, log: Path) -> Path:
+    return log if rank == 0 else log.with_stem(f"{log.stem}.rank{rank}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from ds_inpaint.commands import leaving, run_command
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.recipe import Recipe, load_recipe
-from ds_inpaint.run_folder import opened
+from ds_inpaint.run_folder import opened, require_shared
 from ds_inpaint.trainer import train
 from ds_inpaint.zero_config import setup
 
@@ -46,6 +46,7 @@ def _train(recipe: Recipe, ranks: Ranks) -> None:
         with ranks.together():
             if ranks.is_main:
                 start = stack.enter_context(opened(recipe))
+        require_shared(recipe.run.dir, ranks)
         train(recipe, ranks, ranks.broadcast(start))
 
 

@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
+from uuid import uuid4
 
 from ds_inpaint import schema
 from ds_inpaint.checkpoint_files import is_checkpoint, newest
 from ds_inpaint.collapse import Alarms
+from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import InputError
 from ds_inpaint.recipe import Recipe
 from ds_inpaint.recipe_diff import differences
@@ -82,6 +84,25 @@ def opened(recipe: Recipe) -> Iterator[Path | None]:
         except OSError as error:
             raise InputError(f"run.dir: {folder} cannot be written ({error}); give another folder.") from error
         yield start
+
+
+def require_shared(folder: Path, ranks: Ranks) -> None:
+    """See that the run folder is the same for all ranks, also on other machines. Collective.
+
+    Raises:
+        InputError: on all ranks; a rank does not find there what rank 0 has put there.
+    """
+    name = f".{uuid4().hex}"  # that no disk remembers
+    if ranks.is_main:
+        (folder / name).touch()
+    found = ranks.gather((folder / ranks.broadcast(name)).exists())
+    if ranks.is_main:
+        (folder / name).unlink()
+    if not all(found):
+        raise InputError(
+            f"run.dir: rank {found.index(False)} does not see what rank 0 writes into {folder}. Give an absolute path "
+            f"on a disk that all machines share."
+        )
 
 
 def _start(recipe: Recipe) -> Path | None:

@@ -21,6 +21,7 @@ import deepspeed
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import InputError
 from ds_inpaint.keys import Impossible, key
+from ds_inpaint.machines import interface_towards
 from ds_inpaint.values import PRECISIONS
 
 
@@ -79,12 +80,15 @@ def setup(section: EngineSection) -> Ranks:
     """Join the other processes of the run, or make a run of one when no launcher started this one.
 
     Raises:
-        InputError: a launcher set only some of the variables, or there are more ranks than GPUs.
+        InputError: a launcher set only some of the variables, there are more ranks than GPUs, or no way to rank 0.
     """
     # Advice to DeepSpeed's own developers, on every rank and step; what fails still raises.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     _complete_environment()
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        # Gloo would tell other machines the address that this one has for its own name, which is often 127.0.1.1.
+        os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(os.environ["MASTER_ADDR"])
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():

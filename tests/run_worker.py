@@ -11,10 +11,11 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import torch
@@ -111,7 +112,15 @@ def nan_weights() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def disks_of_their_own() -> Iterator[None]:
+    """Each rank finds other folders under the same relative paths."""
+    with TemporaryDirectory() as folder, chdir(folder):
+        yield
+
+
 FAULTS = {
+    "apart": disks_of_their_own,
     "nan_reward": nan_rewards,
     "nan_gradient": lambda: nan_gradients(range(1, 2)),
     "nan_gradients": lambda: nan_gradients(range(1, 100)),

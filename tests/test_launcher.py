@@ -98,6 +98,25 @@ def test_ranks_divide_the_cores_of_a_cpu(monkeypatch, device, num_gpus, before, 
     assert environment == after
 
 
+@pytest.mark.parametrize(
+    ("given", "ranks"),
+    [
+        ("--node_rank=0", 3),
+        ("--node_rank=1", 2),
+        ("--node_rank=0 --num_gpus=1", 1),
+        ("--node_rank=0 --include b:0", 1),
+        ("--node_rank=1 --exclude b:1", 1),
+        ("--node_rank=2", 0),
+        ("--node_rank=1 --num_nodes=1", 0),
+        ("", 0),
+    ],
+)
+def test_a_machine_of_a_hostfile_knows_how_many_ranks_share_its_cores(tmp_path, given, ranks):
+    (tmp_path / "hosts").write_text("a slots=3\nb slots=2\n")
+    arguments = [f"--hostfile={tmp_path / 'hosts'}", "--no_ssh", *given.split(), "train.py"]
+    assert launcher.slots_here(launcher.runner.parse_args(arguments)) == ranks
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """Two launches at once: ``-m`` of a program that fails, ``--module`` of one that waits to be ended."""
