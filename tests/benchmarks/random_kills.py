@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-ITERATIONS = 16
+ITERATIONS = 40
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 SHARED = [
     *("data.batch=2", f"run.iterations={ITERATIONS}", "evaluation.samples=8", "evaluation.every=4"),
