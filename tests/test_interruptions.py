@@ -138,6 +138,34 @@ def test_ranks_whose_launcher_is_killed_save_and_leave(night):
     assert "is gone. The same command goes on from there." in (night.folder.parent / "lost_launcher.log").read_text()
 
 
+FAILING = """
+import sys
+from ds_inpaint.commands import leaving, run_command
+from ds_inpaint.zero_config import EngineSection, setup
+
+def body():
+    ranks = setup(EngineSection())
+
+    def work():
+        if ranks.rank == 1:
+            raise ValueError("planted")
+        ranks.barrier()
+
+    leaving(ranks, work)
+
+sys.exit(run_command(body))
+"""
+
+
+def test_a_failure_of_one_rank_is_told_once_and_by_it(tmp_path):
+    ranks = start_ranks(2, ["-c", FAILING], tmp_path / "log")
+    assert [rank.wait(120) for rank in ranks] == [1, 1]
+    told = (tmp_path / "log").read_text()
+    assert "ds_inpaint: rank 1 failed:\nTraceback" in told
+    assert told.count("Traceback") == told.count("ValueError: planted") == 1
+    assert "cannot reach" not in told
+
+
 def test_what_comes_of_it_equals_a_run_in_peace(night):
     assert night.last.code == 0, night.last.log
     assert rows(night.folder) == rows(night.peace)
