@@ -171,8 +171,9 @@ class Watch:
         log.warning(
             "ALARM at iteration %d: %s. For %d iterations in a row this has reached alarms.%s, which is %g: training "
             "may be collapsing. Look at the pictures in the run's folder samples; then stop and deploy a checkpoint "
-            "from before iteration %d (python -m ds_inpaint.export RUN OUT --checkpoint ITERATION), or begin a new "
-            "run with %s.",
+            "from before iteration %d (python -m ds_inpaint.export RUN OUT --checkpoint ITERATION), or branch off "
+            "there (run.resume=RUN/checkpoints/ITERATION, run.allow_changes and another run.dir) or begin anew with "
+            "%s.",
             iteration,
             SIGNS[name].says.format(value=f"{value:.3g}"),
             self._patience,
