@@ -17,7 +17,7 @@ FLOORS = (
     "errors keys pixels",
     "yaml_tree key_types schema framing",
     "processes regions gaussian noise masks scores policy_gradient advantages preference ranks combiners "
-    "fidelity brushnet_protocol statistics",
+    "fidelity brushnet_protocol statistics workload",
     "images holes",
     "values denoising sampling samplers",
     "data scan outputs cache datasets rows",
