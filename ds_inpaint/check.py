@@ -1,0 +1,117 @@
+"""Know before you run: what an iteration does, whether it fits the GPUs, and how long it would take.
+
+    python -m ds_inpaint.check recipes/grpo_flux.yaml [section.key=value ...] --num_gpus 8 --gpu h200
+    python -m ds_inpaint.check recipes/grpo_flux.yaml --num_gpus 8 --random-weights flux-12b     # nothing downloaded yet
+
+Checks the recipe as ds_inpaint.run does. Needs no GPU and no weights, and asks nothing of the network: the model is made
+on the meta device from its configuration. Counts of calls are exact; memory and time are predictions.
+
+Exit codes: 0 it fits, 2 bad input, or it does not fit, 130 interrupted, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ds_inpaint import schema
+from ds_inpaint.check_text import describe, origins, summary
+from ds_inpaint.commands import run_command
+from ds_inpaint.duration import Assumptions, Machine
+from ds_inpaint.errors import InputError
+from ds_inpaint.gpus import GPUS
+from ds_inpaint.outline import Configs
+from ds_inpaint.plan import Plan, make_plan, read_sizes
+from ds_inpaint.recipe import Recipe, load_recipe
+from ds_inpaint.remedies import Remedy, remedies
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, plan, print; returns the exit code."""
+    options = _parser().parse_intermixed_args(arguments)
+    return run_command(lambda: _check(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    title, _, rest = (__doc__ or "").partition("\n")
+    assumed = Assumptions()
+    parser = argparse.ArgumentParser(
+        prog="python -m ds_inpaint.check",
+        description=f"{title}\n{rest}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", type=Path, help="YAML recipe, see recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe keys to change")
+    parser.add_argument("--num_gpus", type=int, default=1, metavar="N", help="GPUs, all in one machine (default 1)")
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="their kind (default h100)")
+    parser.add_argument(
+        "--random-weights",
+        metavar="SHAPE",
+        help="take the configuration of a published model, flux-12b or sd15, in place of model.path's",
+    )
+    parser.add_argument(
+        "--utilisation",
+        type=float,
+        default=assumed.utilisation,
+        help=f"assumed share of the GPU's peak that is reached (default {assumed.utilisation})",
+    )
+    parser.add_argument(
+        "--reserve",
+        type=float,
+        default=assumed.reserve_GB,
+        metavar="GB",
+        help=f"assumed memory that CUDA, NCCL and fragmentation take (default {assumed.reserve_GB})",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.num_gpus < 1 or not 0 < options.utilisation <= 1 or options.reserve < 0:
+        raise InputError(
+            f"found --num_gpus {options.num_gpus}, --utilisation {options.utilisation}, --reserve {options.reserve}; "
+            f"give at least 1 GPU, a share above 0 and up to 1, and no less than 0 GB."
+        )
+    recipe = load_recipe(options.recipe, options.overrides, options.num_gpus)
+    machine = Machine(GPUS[options.gpu], options.num_gpus, Assumptions(options.utilisation, options.reserve))
+    configs, sizes = _configs(recipe, options.random_weights), read_sizes(recipe)
+    plan = make_plan(recipe, configs, sizes, machine)
+    keys = origins(schema.load(options.recipe, options.overrides, Recipe))
+    print(describe(options.gpu, plan, keys), flush=True)
+
+    def judge(settings: Sequence[str], gpus: int) -> int | None:
+        try:
+            other = load_recipe(options.recipe, [*options.overrides, *settings], gpus)
+        except InputError:  # such as a batch that does not divide among so many ranks
+            return None
+        elsewhere = Machine(machine.gpu, gpus, machine.assumed)
+        return make_plan(other, configs, sizes, elsewhere).memory().total
+
+    needed, limit = plan.memory().total, machine.usable_bytes
+    tried: list[Remedy] = []
+    if needed > limit:
+        whole = recipe.model.lora is None
+        for remedy in remedies(recipe.engine, options.num_gpus, needed, limit, judge, adapters=whole):
+            tried.append(remedy)
+            told = " ".join(remedy.settings)
+            ranks = f"--num_gpus {remedy.gpus}" if remedy.gpus != options.num_gpus else ""
+            verdict = "fits" if remedy.fits else "does not fit yet"
+            print(f"  {remedy.bytes / 1e9:8.1f} GB  {verdict:16}  {told} {ranks}".rstrip(), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(summary(options.gpu, plan, keys, tried), indent=1) + "\n")
+    if needed > limit:
+        raise InputError(
+            f"{options.recipe} does not fit: {needed / 1e9:.1f} GB on each of {options.num_gpus} {options.gpu}, of which "
+            f"{limit / 1e9:.1f} GB can be used. See the changes above."
+        )
+
+
+def _configs(recipe: Recipe, shape: str | None) -> Configs:
+    return recipe.model.configs() if shape is None else recipe.model.published(shape)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ds_inpaint.duration import Phase
+from ds_inpaint.plan import Plan
+from ds_inpaint.recipe import Recipe
+from ds_inpaint.remedies import Remedy
+from ds_inpaint.schema import Loaded, plain
+from ds_inpaint.workload import Workload
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One key of a recipe: its value and where that was written, or ``default``."""
+
+    key: str
+    value: Any
+    where: str
+
+
+def origins(loaded: Loaded[Recipe]) -> list[Origin]:
+    """Every key of a recipe, in order."""
+    return [Origin(key, value, loaded.places.get(key, DEFAULT)) for key, value in _leaves(plain(loaded.value), "")]
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict) or not value:
+        yield path, value
+        return
+    for name, inner in value.items():
+        yield from _leaves(inner, f"{path}.{name}" if path else name)
+
+
+def describe(gpu: str, plan: Plan, keys: Sequence[Origin]) -> str:
+    """Everything that is known, as text."""
+    return "\n".join(
+        [
+            *_recipe(keys),
+            "",
+            *_counts("One iteration", plan, plan.iteration),
+            "",
+            *_counts(f"One evaluation ({plan.evaluations} in the run)", plan, plan.evaluation),
+            "",
+            *_memory(gpu, plan),
+            "",
+            *_time(gpu, plan),
+        ]
+    )
+
+
+def summary(gpu: str, plan: Plan, keys: Sequence[Origin], tried: Sequence[Remedy]) -> dict[str, Any]:
+    """The same for programs; bytes, seconds and floating-point operations."""
+    memory = plan.memory()
+    return {
+        "recipe": {each.key: {"value": each.value, "where": each.where} for each in keys},
+        "gpu": {"name": gpu, "count": plan.machine.count, **asdict(plan.machine.gpu)},
+        "assumed": asdict(plan.machine.assumed),
+        "parameters": {"trained": plan.outline.trained, "frozen": plan.outline.frozen},
+        "pixels": plan.sizes.largest,
+        "iteration": {
+            "ranks": [_numbers(plan, workload) for workload in plan.iteration],
+            "phases": [_phase(phase) for phase in plan.iteration_phases()],
+        },
+        "evaluation": {
+            "times": plan.evaluations,
+            "ranks": [_numbers(plan, workload) for workload in plan.evaluation],
+            "phases": [_phase(phase) for phase in plan.evaluation_phases()],
+        },
+        "memory": {**asdict(memory), "total": memory.total, "usable": plan.machine.usable_bytes},
+        "seconds": plan.seconds(),
+        "remedies": [asdict(remedy) for remedy in tried],
+    }
+
+
+def _recipe(keys: Sequence[Origin]) -> Iterator[str]:
+    said = [(f"{each.key}: {json.dumps(each.value)}", each.where) for each in keys]
+    width = min(60, max(len(text) for text, _ in said))
+    yield "The recipe, and where each value comes from:"
+    yield from (f"  {text:{width}}  {where}" for text, where in said)
+
+
+def _counts(title: str, plan: Plan, workloads: Sequence[Workload]) -> Iterator[str]:
+    ranks = [_numbers(plan, workload) for workload in workloads]
+    yield f"{title}: {'a rank':>{60 - len(title)}} {'all':>10}"
+    for name in ranks[0]:
+        most, total = max(numbers[name] for numbers in ranks), sum(numbers[name] for numbers in ranks)
+        if total:
+            shown = most if name.startswith("optimizer") else total
+            yield f"  {name:<58} {most:>10,} {shown:>10,}".replace(",", " ")
+
+
+def _numbers(plan: Plan, workload: Workload) -> dict[str, int]:
+    rows = plan.costs.rows_per_sample()
+    numbers: dict[str, int] = {"images drawn and scored": sum(workload.decodes)}
+    for forwards in workload.denoiser:
+        what = "forwards and backwards" if forwards.trained else "forwards without gradient"
+        numbers[f"{forwards.phase}: {what}"] = forwards.calls
+        numbers[f"{forwards.phase}: rows in them"] = forwards.samples * (rows if forwards.guided else 1)
+    return numbers | {
+        "VAE encodes": len(workload.encodes),
+        "images in them": sum(workload.encodes),
+        "VAE decodes": len(workload.decodes),
+        "requests to each group of reward servers, or more": len(workload.decodes),
+        "optimizer steps": workload.updates,
+    }
+
+
+def _memory(gpu: str, plan: Plan) -> Iterator[str]:
+    memory, machine = plan.memory(), plan.machine
+    outline = plan.outline
+    yield (
+        f"Memory of each of {machine.count} {gpu} in GB, predicted, for {outline.trained / 1e6:,.1f} million trained and "
+        f"{outline.frozen / 1e6:,.1f} million frozen weights:"
+    )
+    yield from (f"  {part.name:<58} {part.bytes / 1e9:>10.2f}" for part in memory.lasting)
+    for part in memory.passing:
+        largest = part is memory.fullest
+        yield f"  {'passing: ' + part.name:<58} {part.bytes / 1e9:>10.2f}{'' if largest else '  (not at the same time)'}"
+    usable = machine.usable_bytes
+    verdict = "fits" if memory.total <= usable else "DOES NOT FIT"
+    yield f"  {'at the fullest':<58} {memory.total / 1e9:>10.2f}  {verdict}: {usable / 1e9:.1f} GB can be used,"
+    yield (
+        f"  {'':<58} {'':>10}  {machine.gpu.memory_GB:g} GB less {machine.assumed.reserve_GB:g} GB assumed for CUDA, NCCL "
+        f"and fragmentation"
+    )
+
+
+def _time(gpu: str, plan: Plan) -> Iterator[str]:
+    machine, precision = plan.machine, plan.recipe.engine.precision
+    peak = machine.gpu.flops(precision) / 1e12
+    yield (
+        f"Time, predicted, if {machine.assumed.utilisation:g} of the peak of {peak:g} TFLOP/s ({precision}) and "
+        f"{machine.assumed.link:g} of {machine.gpu.link_GBps:g} GB/s between GPUs are reached (assumed):"
+    )
+    height, width = plan.sizes.largest
+    yield f"  {f'{height}x{width} pixels, one rank':<38} {'TFLOP':>10} {'computing':>11} {'messages':>10} {'seconds':>9}"
+    totals = []
+    for title, phases in (("iteration", plan.iteration_phases()), ("evaluation", plan.evaluation_phases())):
+        for phase in phases:
+            yield _row(phase.name, phase)
+        total = Phase(
+            f"one {title}",
+            0,
+            sum(phase.flops for phase in phases),
+            sum(phase.computing for phase in phases),
+            sum(phase.communicating for phase in phases),
+        )
+        totals.append(sum(phase.seconds for phase in phases))
+        yield _row(f"= one {title}", total, totals[-1])
+    hours = plan.seconds() / 3600
+    yield (
+        f"  {plan.recipe.run.iterations} iterations and {plan.evaluations} evaluations: {hours:,.1f} hours, "
+        f"{hours * machine.count:,.0f} GPU hours"
+    )
+    yield "  without scoring, text encoders, reading pictures, the optimizer's arithmetic, checkpoints"
+
+
+def _row(name: str, phase: Phase, seconds: float | None = None) -> str:
+    taken = phase.seconds if seconds is None else seconds
+    return (
+        f"  {name:<38} {phase.flops / 1e12:>10,.1f} {phase.computing:>11.2f} {phase.communicating:>10.2f} {taken:>9.2f}"
+    )
+
+
+def _phase(phase: Phase) -> Mapping[str, Any]:
+    return {**asdict(phase), "seconds": phase.seconds}
