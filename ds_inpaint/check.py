@@ -1,10 +1,10 @@
 """Know before you run: what an iteration does, whether it fits the GPUs, and how long it would take.
 
     python -m ds_inpaint.check recipes/grpo_flux.yaml [section.key=value ...] --num_gpus 8 --gpu h200
-    python -m ds_inpaint.check recipes/grpo_flux.yaml --num_gpus 8 --random-weights flux-12b     # nothing downloaded yet
+    python -m ds_inpaint.check recipes/grpo_flux.yaml --num_gpus 8 --random-weights flux-12b    # nothing downloaded yet
 
-Checks the recipe as ds_inpaint.run does. Needs no GPU and no weights, and asks nothing of the network: the model is made
-on the meta device from its configuration. Counts of calls are exact; memory and time are predictions.
+Checks the recipe as ds_inpaint.run does. Needs no GPU and no weights, and asks nothing of the network: the model is
+made on the meta device from its configuration. Counts of calls are exact; memory and time are predictions.
 
 Exit codes: 0 it fits, 2 bad input, or it does not fit, 130 interrupted, 1 anything else.
 """
@@ -24,7 +24,7 @@ from ds_inpaint.duration import Assumptions, Machine
 from ds_inpaint.errors import InputError
 from ds_inpaint.gpus import GPUS
 from ds_inpaint.outline import Configs
-from ds_inpaint.plan import Plan, make_plan, read_sizes
+from ds_inpaint.plan import make_plan, read_sizes
 from ds_inpaint.recipe import Recipe, load_recipe
 from ds_inpaint.remedies import Remedy, remedies
 
@@ -93,6 +93,7 @@ def _check(options: argparse.Namespace) -> None:
     needed, limit = plan.memory().total, machine.usable_bytes
     tried: list[Remedy] = []
     if needed > limit:
+        print("\nTo make it fit, the cheapest first, each with the memory of a GPU:")
         whole = recipe.model.lora is None
         for remedy in remedies(recipe.engine, options.num_gpus, needed, limit, judge, adapters=whole):
             tried.append(remedy)
@@ -104,8 +105,8 @@ def _check(options: argparse.Namespace) -> None:
         options.json.write_text(json.dumps(summary(options.gpu, plan, keys, tried), indent=1) + "\n")
     if needed > limit:
         raise InputError(
-            f"{options.recipe} does not fit: {needed / 1e9:.1f} GB on each of {options.num_gpus} {options.gpu}, of which "
-            f"{limit / 1e9:.1f} GB can be used. See the changes above."
+            f"{options.recipe} does not fit: of each {options.gpu} it takes {needed / 1e9:.1f} GB, and {limit / 1e9:.1f} GB "
+            f"can be used. See the changes above."
         )
 
 

@@ -94,11 +94,11 @@ def _counts(title: str, plan: Plan, workloads: Sequence[Workload]) -> Iterator[s
         most, total = max(numbers[name] for numbers in ranks), sum(numbers[name] for numbers in ranks)
         if total:
             shown = most if name.startswith("optimizer") else total
-            yield f"  {name:<58} {most:>10,} {shown:>10,}".replace(",", " ")
+            yield f"  {name:<58} {most:>10,} {shown:>10,}"
 
 
 def _numbers(plan: Plan, workload: Workload) -> dict[str, int]:
-    rows = plan.costs.rows_per_sample()
+    rows = plan.costs.rows_per_sample
     numbers: dict[str, int] = {"images drawn and scored": sum(workload.decodes)}
     for forwards in workload.denoiser:
         what = "forwards and backwards" if forwards.trained else "forwards without gradient"
@@ -108,28 +108,23 @@ def _numbers(plan: Plan, workload: Workload) -> dict[str, int]:
         "VAE encodes": len(workload.encodes),
         "images in them": sum(workload.encodes),
         "VAE decodes": len(workload.decodes),
-        "requests to each group of reward servers, or more": len(workload.decodes),
+        "reward requests, for each group of servers": len(workload.decodes),
         "optimizer steps": workload.updates,
     }
 
 
 def _memory(gpu: str, plan: Plan) -> Iterator[str]:
-    memory, machine = plan.memory(), plan.machine
-    outline = plan.outline
-    yield (
-        f"Memory of each of {machine.count} {gpu} in GB, predicted, for {outline.trained / 1e6:,.1f} million trained and "
-        f"{outline.frozen / 1e6:,.1f} million frozen weights:"
-    )
+    memory, machine, outline = plan.memory(), plan.machine, plan.outline
+    yield f"Memory of each of {machine.count} {gpu}, predicted, in GB of 10^9 bytes"
+    yield f"(weights: {outline.trained:,} trained, {outline.frozen:,} frozen):"
     yield from (f"  {part.name:<58} {part.bytes / 1e9:>10.2f}" for part in memory.lasting)
-    for part in memory.passing:
-        largest = part is memory.fullest
-        yield f"  {'passing: ' + part.name:<58} {part.bytes / 1e9:>10.2f}{'' if largest else '  (not at the same time)'}"
-    usable = machine.usable_bytes
-    verdict = "fits" if memory.total <= usable else "DOES NOT FIT"
-    yield f"  {'at the fullest':<58} {memory.total / 1e9:>10.2f}  {verdict}: {usable / 1e9:.1f} GB can be used,"
+    yield "  one at a time, of which the largest counts:"
+    yield from (f"    {part.name:<56} {part.bytes / 1e9:>10.2f}" for part in memory.passing)
+    verdict = "fits" if memory.total <= machine.usable_bytes else "DOES NOT FIT"
+    yield f"  {f'at the fullest ({memory.fullest.name})':<58} {memory.total / 1e9:>10.2f}"
     yield (
-        f"  {'':<58} {'':>10}  {machine.gpu.memory_GB:g} GB less {machine.assumed.reserve_GB:g} GB assumed for CUDA, NCCL "
-        f"and fragmentation"
+        f"  {verdict}: {machine.usable_bytes / 1e9:.1f} GB can be used, {machine.gpu.memory_GB:g} less "
+        f"{machine.assumed.reserve_GB:g} assumed for CUDA, NCCL and fragmentation"
     )
 
 
@@ -141,33 +136,29 @@ def _time(gpu: str, plan: Plan) -> Iterator[str]:
         f"{machine.assumed.link:g} of {machine.gpu.link_GBps:g} GB/s between GPUs are reached (assumed):"
     )
     height, width = plan.sizes.largest
-    yield f"  {f'{height}x{width} pixels, one rank':<38} {'TFLOP':>10} {'computing':>11} {'messages':>10} {'seconds':>9}"
-    totals = []
+    pictures = f"one rank, pictures of {height}x{width}"
+    yield f"  {pictures:<38} {'TFLOP':>10} {'computing':>11} {'messages':>10} {'seconds':>9}"
     for title, phases in (("iteration", plan.iteration_phases()), ("evaluation", plan.evaluation_phases())):
-        for phase in phases:
-            yield _row(phase.name, phase)
+        yield from (_row(phase.name, phase, phase.seconds) for phase in phases)
         total = Phase(
             f"one {title}",
-            0,
+            sum(phase.calls for phase in phases),
             sum(phase.flops for phase in phases),
             sum(phase.computing for phase in phases),
             sum(phase.communicating for phase in phases),
         )
-        totals.append(sum(phase.seconds for phase in phases))
-        yield _row(f"= one {title}", total, totals[-1])
+        yield _row(f"= one {title}", total, sum(phase.seconds for phase in phases))
     hours = plan.seconds() / 3600
     yield (
         f"  {plan.recipe.run.iterations} iterations and {plan.evaluations} evaluations: {hours:,.1f} hours, "
-        f"{hours * machine.count:,.0f} GPU hours"
+        f"{hours * machine.count:,.1f} GPU hours"
     )
-    yield "  without scoring, text encoders, reading pictures, the optimizer's arithmetic, checkpoints"
+    yield "  without scoring, text encoders, reading pictures, the optimizer's arithmetic and checkpoints"
 
 
-def _row(name: str, phase: Phase, seconds: float | None = None) -> str:
-    taken = phase.seconds if seconds is None else seconds
-    return (
-        f"  {name:<38} {phase.flops / 1e12:>10,.1f} {phase.computing:>11.2f} {phase.communicating:>10.2f} {taken:>9.2f}"
-    )
+def _row(name: str, phase: Phase, seconds: float) -> str:
+    numbers = f"{phase.computing:>11.2f} {phase.communicating:>10.2f} {seconds:>9.2f}"
+    return f"  {name:<38} {phase.flops / 1e12:>10,.1f} {numbers}"
 
 
 def _phase(phase: Phase) -> Mapping[str, Any]:

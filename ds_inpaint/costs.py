@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ds_inpaint.framing import Pixels
 from ds_inpaint.outline import Outline
-from ds_inpaint.tracing import operations, peak_memory
+from ds_inpaint.tracing import Cost, trace
 from ds_inpaint.values import Batch, Condition
 
 
@@ -33,17 +34,15 @@ class Costs:
 
     outline: Outline
     pixels: Pixels
-    _known: dict[tuple[str, Call], int] = field(default_factory=dict, init=False)
+    _known: dict[Call, Cost] = field(default_factory=dict, init=False)
 
-    def flops(self, call: Call) -> int:
-        """Floating-point operations of a call; every one of them is about one row, so they are those of one times n."""
-        one = replace(call, count=1)
-        return call.count * self._once("flops", one, lambda: operations(self._computation(one)))
-
-    def peak_bytes(self, call: Call) -> int:
-        """Memory of what a call makes, at its fullest."""
-        modules = (self.outline.denoiser, self.outline.vae)
-        return self._once("bytes", call, lambda: peak_memory(self._computation(call), modules))
+    def of(self, call: Call) -> Cost:
+        """The cost of a call."""
+        if self.rows_per_sample == 1:
+            call = replace(call, guided=False)  # it makes no difference
+        if call not in self._known:
+            self._known[call] = trace(self.computation(call), (self.outline.denoiser, self.outline.vae))
+        return self._known[call]
 
     @property
     def condition_bytes(self) -> int:
@@ -55,6 +54,7 @@ class Costs:
         """Of one image's latents in float32."""
         return self._latents(1).nbytes
 
+    @cached_property
     def rows_per_sample(self) -> int:
         """Rows that a guided forward has for each sample: 2 with classifier-free guidance, else 1."""
         policy: Any = self.outline.policy
@@ -68,7 +68,8 @@ class Costs:
             replace(policy, denoiser=spy).predict(self._latents(1), _times(1), self._condition(1), guided=True)
         return rows[0]
 
-    def _computation(self, call: Call) -> Callable[[], object]:
+    def computation(self, call: Call) -> Callable[[], object]:
+        """The call itself, on the meta device."""
         policy, count = self.outline.policy, call.count
         if call.kind == "decode":
             latents_NCHW = self._latents(count)
@@ -96,11 +97,6 @@ class Costs:
 
     def _latents(self, samples: int) -> Tensor:
         return torch.empty(samples, *self.outline.policy.latent_shape(*self.pixels), device="meta")
-
-    def _once(self, what: str, call: Call, trace: Callable[[], int]) -> int:
-        if (what, call) not in self._known:
-            self._known[what, call] = trace()
-        return self._known[what, call]
 
 
 def _times(samples: int) -> Tensor:

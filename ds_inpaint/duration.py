@@ -1,6 +1,6 @@
 """How long a rank's work takes at a given share of the peaks of its GPU: a prediction, not a measurement.
 
-Time of a call is the longer of computing and communicating, since ZeRO-3 gathers the weights of the next blocks meanwhile.
+The time of a phase is the longer of computing and communicating, since ZeRO-3 gathers the next weights meanwhile.
 Left out are scoring, text encoders, reading pictures, the optimizer's arithmetic and checkpoints.
 """
 
@@ -19,7 +19,7 @@ class Assumptions:
     """What no data sheet says."""
 
     utilisation: float = 0.3
-    """Share of the peak of arithmetic, recomputed activations counted. Public trainers of such models reach 0.1 to 0.33."""
+    """Share of the peak of arithmetic, recomputing counted; public trainers of such models reach 0.1 to 0.33."""
     reserve_GB: float = 4.0
     """Memory of a GPU that CUDA, NCCL and fragmentation take."""
     link: float = 0.8
@@ -75,7 +75,7 @@ def phases(recipe: Recipe, costs: Costs, machine: Machine, workload: Workload) -
         )
     for name, sizes in (("encode", workload.encodes), ("decode", workload.decodes)):
         if sizes:
-            flops = sum(costs.flops(Call(name, size)) for size in sizes)
+            flops = sum(costs.of(Call(name, size)).flops for size in sizes)
             found.append(
                 Phase(f"VAE {name}", len(sizes), flops, machine.computing(flops, recipe.engine.precision), 0.0)
             )
@@ -83,7 +83,9 @@ def phases(recipe: Recipe, costs: Costs, machine: Machine, workload: Workload) -
 
 
 def _denoising(recipe: Recipe, costs: Costs, machine: Machine, forwards: Forwards) -> Phase:
-    flops = costs.flops(Call("predict", forwards.samples, forwards.guided, forwards.trained))
+    flops = forwards.repeats * sum(
+        costs.of(Call("predict", size, forwards.guided, forwards.trained)).flops for size in forwards.batches
+    )
     outline, engine, size = costs.outline, recipe.engine, recipe.engine.dtype.itemsize
     moved = 0
     if engine.zero_stage == 3 and not engine.gather_once:

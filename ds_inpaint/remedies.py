@@ -30,8 +30,8 @@ def remedies(
 ) -> Iterator[Remedy]:
     """Changes in the order of what they cost, each on top of those before, up to the first that fits.
 
-    Small micro-batches cost some speed, recomputing a third more arithmetic, higher stages messages, GPUs money. Adapters,
-    which learn less, are told beside more GPUs.
+    Small micro-batches cost some speed, recomputing a third more arithmetic, higher stages messages, GPUs money.
+    Adapters, which learn less, are told beside more GPUs.
 
     Args:
         engine: section of the recipe as it is.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,21 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 
-def operations(compute: Callable[[], object]) -> int:
-    """Floating-point operations of a computation on the meta device, backward included if it makes one.
+@dataclass(frozen=True)
+class Cost:
+    """What one computation takes."""
 
-    Counted are matrix products, convolutions and attention; a multiply-add counts as two.
-    """
-    with fused_attention(), FlopCounterMode(display=False) as counter:
-        compute()
-    return counter.get_total_flops()
+    flops: int
+    """Floating-point operations of matrix products, convolutions and attention; a multiply-add counts as two."""
+    bytes: int
+    """Memory of all that it makes, at its fullest."""
 
 
-def peak_memory(compute: Callable[[], object], modules: Sequence[nn.Module]) -> int:
-    """Bytes of all that a computation on the meta device makes, at their fullest.
+def trace(compute: Callable[[], object], modules: Sequence[nn.Module]) -> Cost:
+    """The cost of a computation on the meta device, backward and recomputed activations included if it has them.
 
     Args:
         compute: what it is given, it must not make.
@@ -34,31 +35,37 @@ def peak_memory(compute: Callable[[], object], modules: Sequence[nn.Module]) -> 
             does.
     """
     weights = [parameter for module in modules for parameter in module.parameters()]
-    memory = LiveMemory([*weights, *(buffer for module in modules for buffer in module.buffers())])
-    with fused_attention(), _gradients_let_go(weights), memory:
+    tally = Tally([*weights, *(buffer for module in modules for buffer in module.buffers())])
+    with fused_attention(), _gradients_let_go(weights), tally:
         compute()
-    return memory.peak
+    return Cost(tally.flops, tally.peak)
 
 
-class LiveMemory(TorchDispatchMode):
-    """While active, adds up the bytes of all tensors that operations make, for as long as something holds them."""
+class Tally(TorchDispatchMode):
+    """While active, adds up operations, and the bytes of all tensors that they make while something holds them.
+
+    Torch's FlopCounterMode gives the same operations, but its hooks keep activations longer than they live.
+    """
 
     def __init__(self, given: Sequence[Tensor] = ()) -> None:
         """Count no bytes of ``given``."""
         super().__init__()
-        self.live = self.peak = 0
-        self._bytes = {_identity(tensor.untyped_storage()): 0 for tensor in given}
+        self.flops = self.live = self.peak = 0
+        self._bytes = {tensor.untyped_storage()._cdata: 0 for tensor in given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and note what it made."""
-        out = func(*args, **(kwargs or {}))
+        """Run an operation and note what it took and made."""
+        named = kwargs or {}
+        out = func(*args, **named)
+        if count := flop_registry.get(func.overloadpacket):
+            self.flops += count(*args, **named, out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage())
         return out
 
     def _note(self, storage: torch.UntypedStorage) -> None:
-        identity = _identity(storage)
+        identity = storage._cdata
         if identity in self._bytes:
             return
         self._bytes[identity] = storage.nbytes()
@@ -68,10 +75,6 @@ class LiveMemory(TorchDispatchMode):
 
     def _forget(self, identity: int) -> None:
         self.live -= self._bytes.pop(identity)
-
-
-def _identity(storage: torch.UntypedStorage) -> int:
-    return storage._cdata
 
 
 @contextmanager
@@ -86,7 +89,7 @@ def fused_attention() -> Iterator[None]:
     def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **named: Any) -> Tensor:
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
-    functional.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    functional.scaled_dot_product_attention = fused
     try:
         yield
     finally:

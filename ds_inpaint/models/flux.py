@@ -194,7 +194,7 @@ class Flux:
             outlined_text(T5EncoderModel, configs["text_encoder_2"]),
         )
         codec = LatentCodec(vae, vae.config.shift_factor, _multiple(vae.config))
-        policy = self._policy(transformer, codec, text, configs["scheduler"], NO_FOLDER, NO_FOLDER)
+        policy: Any = self._policy(transformer, codec, text, configs["scheduler"], NO_FOLDER, NO_FOLDER)
         return Outline(policy, transformer, vae, encoders)
 
     def _policy(

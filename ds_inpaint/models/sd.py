@@ -163,7 +163,7 @@ class SD:
             return {"text": torch.empty(shape, dtype=dtype, device="meta")}
 
         scheduler = DDIMScheduler.from_config(dict(configs["scheduler"]))
-        policy = self._policy(unet, codec, text, scheduler, NO_FOLDER, NO_FOLDER)
+        policy: Any = self._policy(unet, codec, text, scheduler, NO_FOLDER, NO_FOLDER)
         return Outline(policy, unet, vae, (outlined_text(CLIPTextModel, clip),))
 
     def _policy(
