@@ -105,8 +105,8 @@ def _check(options: argparse.Namespace) -> None:
         options.json.write_text(json.dumps(summary(options.gpu, plan, keys, tried), indent=1) + "\n")
     if needed > limit:
         raise InputError(
-            f"{options.recipe} does not fit: of each {options.gpu} it takes {needed / 1e9:.1f} GB, and {limit / 1e9:.1f} GB "
-            f"can be used. See the changes above."
+            f"{options.recipe} does not fit: it takes {needed / 1e9:.1f} GB of each {options.gpu}, and "
+            f"{limit / 1e9:.1f} can be used. See the changes above."
         )
 
 

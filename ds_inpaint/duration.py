@@ -69,10 +69,8 @@ class Machine:
 def phases(recipe: Recipe, costs: Costs, machine: Machine, workload: Workload) -> list[Phase]:
     """The phases of a rank's work in an iteration or an evaluation, in order."""
     found = [_denoising(recipe, costs, machine, forwards) for forwards in workload.denoiser]
-    if workload.updates:
-        found.append(
-            Phase("exchange at each step", workload.updates, 0, 0.0, _stepping(recipe, costs, machine, workload))
-        )
+    if exchanging := _exchanging(recipe, costs, machine, workload):
+        found.append(Phase("exchange at each step", workload.updates, 0, 0.0, exchanging))
     for name, sizes in (("encode", workload.encodes), ("decode", workload.decodes)):
         if sizes:
             flops = sum(costs.of(Call(name, size)).flops for size in sizes)
@@ -97,7 +95,7 @@ def _denoising(recipe: Recipe, costs: Costs, machine: Machine, forwards: Forward
     return Phase(forwards.phase, forwards.calls, flops, seconds, forwards.calls * machine.communicating(moved))
 
 
-def _stepping(recipe: Recipe, costs: Costs, machine: Machine, workload: Workload) -> float:
+def _exchanging(recipe: Recipe, costs: Costs, machine: Machine, workload: Workload) -> float:
     """Seconds of what is exchanged once for each update."""
     outline, engine, size = costs.outline, recipe.engine, recipe.engine.dtype.itemsize
     if engine.zero_stage == 3:

@@ -78,9 +78,8 @@ def estimate(
         sizes = [size for workload in workloads for size in (workload.encodes, workload.decodes)[kind == "decode"]]
         if sizes:
             passing[f"VAE {kind}"] = costs.of(Call(kind, max(sizes))).bytes
-    return Memory(
-        tuple(part for part in lasting if part.bytes), tuple(Part(name, size) for name, size in passing.items())
-    )
+    found = tuple(Part(name, size) for name, size in passing.items() if size)
+    return Memory(tuple(part for part in lasting if part.bytes), found)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY_MODELS
+from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from ds_inpaint import check
@@ -58,6 +59,16 @@ def test_published_shapes_have_the_published_numbers_of_weights(whole_flux):
     model = SD("no/where")
     unet = model.outline(model.published("sd15"), torch.bfloat16, True)
     assert (unet.trained, unet.frozen) == (SD_PARAMETERS, 0)
+
+
+@pytest.mark.parametrize(("family", "part"), [("flux", "transformer"), ("sd", "unet")])
+def test_an_outline_has_the_shapes_of_the_stored_weights(family, part):
+    model = {"flux": Flux, "sd": SD}[family](str(TINY_MODELS / family))
+    outline = model.outline(model.configs(), torch.float32, True)
+    for module, folder in ((outline.denoiser, part), (outline.vae, "vae")):
+        with safe_open(TINY_MODELS / family / folder / "diffusion_pytorch_model.safetensors", "pt") as stored:
+            shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118  it is no dict
+        assert {name: list(tensor.shape) for name, tensor in module.state_dict().items()} == shapes
 
 
 def test_adapters_of_an_outline_are_the_only_trained_weights():
@@ -179,6 +190,14 @@ def test_time_is_operations_over_what_is_reached(plans):
     )
     assert plan.evaluations == 2
     assert plan.seconds() == pytest.approx(3 * iteration + 2 * evaluation)
+
+
+@pytest.mark.parametrize(("stage", "bytes_each"), [(0, 8), (1, 8 + 4), (2, 4)])
+def test_what_is_exchanged_at_a_step(plans, stage, bytes_each):
+    """Without ZeRO-2 fp32 gradients are summed, twice the way of a gather; with ZeRO new weights are gathered."""
+    plan = plans("grpo_sd", f"engine.zero_stage={stage}", ranks=2)
+    found = next(phase for phase in plan.iteration_phases() if phase.name == "exchange at each step")
+    assert found.seconds == pytest.approx(bytes_each * plan.outline.trained / 2 / (450e9 * 0.8))
 
 
 def test_one_gpu_has_nobody_to_talk_to(plans):

@@ -42,14 +42,20 @@ SMALL = [
     *("run.iterations=1", "checkpoint.every=0", "evaluation.samples=16", "engine.reduce_bucket=1000000"),
     *("data.batch=4", "engine.micro_batch=8"),
 ]
-JOBS = {
-    "grpo_sd": ["engine.zero_stage=3", "engine.precision=fp32", "algorithm.kl_weight=0.1", "ema.decay=0.9"],
-    "dpo_flux": ["engine.zero_stage=2", "engine.precision=bf16", "ema.decay=0.9"],
-    "sft_sd": ["engine.zero_stage=1", "engine.precision=bf16", "engine.activation_checkpointing=false"],
-    "grpo_flux": ["engine.zero_stage=1", "engine.precision=fp32", "model.lora.rank=8"],
-    "sft_flux": ["engine.zero_stage=3", "engine.precision=bf16", "engine.activation_checkpointing=false"],
-    "dpo_sd": ["engine.zero_stage=0", "engine.precision=fp32"],
-}
+NO_CHECKPOINTING = "engine.activation_checkpointing=false"
+JOBS: list[tuple[str, list[str]]] = [
+    ("grpo_sd", ["engine.zero_stage=3", "engine.precision=fp32", "algorithm.kl_weight=0.1", "ema.decay=0.9"]),
+    ("dpo_flux", ["engine.zero_stage=2", "engine.precision=bf16", "ema.decay=0.9"]),
+    ("sft_sd", ["engine.zero_stage=1", "engine.precision=bf16", NO_CHECKPOINTING]),
+    ("grpo_flux", ["engine.zero_stage=1", "engine.precision=fp32", "model.lora.rank=8"]),
+    ("sft_flux", ["engine.zero_stage=3", "engine.precision=bf16", NO_CHECKPOINTING]),
+    ("dpo_sd", ["engine.zero_stage=0", "engine.precision=fp32"]),
+    # The rules of memory.py were mended by the six above, and not by these.
+    ("sft_sd", ["engine.zero_stage=2", "engine.precision=fp32", "engine.micro_batch=16", "data.batch=32"]),
+    ("grpo_flux", ["engine.zero_stage=3", "engine.precision=bf16", "model.lora.rank=8"]),
+    ("dpo_sd", ["engine.zero_stage=1", "engine.precision=bf16", "ema.decay=0.9", NO_CHECKPOINTING]),
+    ("grpo_sd", ["engine.zero_stage=2", "engine.precision=bf16", NO_CHECKPOINTING, "data.batch=8"]),
+]
 """Tiny recipes and what is changed in them."""
 
 
@@ -138,9 +144,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         train_rows, heldout_rows = write_dataset(folder / "photos")
-        for name, changed in JOBS.items():
+        for number, (name, changed) in enumerate(JOBS):
             overrides = [
-                *(*SMALL, *changed, f"run.dir={folder / name}"),
+                *(*SMALL, *changed, f"run.dir={folder / str(number)}"),
                 *(f"data.train={train_rows}", f"data.heldout={heldout_rows}"),
             ]
             memory = predicted(Path(f"recipes/tiny/{name}.yaml"), overrides)
