@@ -1,8 +1,4 @@
-"""Memory of one GPU in a run, by part: what DeepSpeed keeps in each ZeRO stage, and traced activations; a prediction.
-
-Read off DeepSpeed 0.19: ``runtime/zero/stage3.py``, ``runtime/zero/stage_1_and_2.py``, ``runtime/bf16_optimizer.py``,
-as ``zero_config.py`` sets them up.
-"""
+"""Memory of one GPU in a run, by part: what the engine keeps, and traced activations; a prediction."""
 
 from __future__ import annotations
 
@@ -10,22 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ds_inpaint.costs import Call, Costs
-from ds_inpaint.optimizer import STATE
-from ds_inpaint.outline import Outline, numbers
+from ds_inpaint.engine_memory import EngineMemory, Part
+from ds_inpaint.outline import numbers
 from ds_inpaint.recipe import Recipe
 from ds_inpaint.workload import Workload
-
-REUSE_DISTANCE = 10**9
-"""DeepSpeed keeps weights gathered that are used again within so many elements of the trace, so that the blocks on
-both sides of the turn from forward to backward stay: about half of it."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One use of memory."""
-
-    name: str
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +47,7 @@ def estimate(
     """
     workloads = list(workloads)
     outline, size = costs.outline, recipe.engine.dtype.itemsize
-    states = _States(recipe, outline, world_size, gpu)
+    states = EngineMemory(recipe, outline, world_size, gpu)
     lasting = [*states.lasting(), Part("VAE", size * numbers(outline.vae))]
     if not prepared:
         lasting.append(Part("text encoders", size * numbers(*outline.text_encoders)))
@@ -80,100 +64,6 @@ def estimate(
             passing[f"VAE {kind}"] = costs.of(Call(kind, max(sizes))).bytes
     found = tuple(Part(name, size) for name, size in passing.items() if size)
     return Memory(tuple(part for part in lasting if part.bytes), found)
-
-
-@dataclass(frozen=True)
-class _States:
-    """What the engine keeps: see ``zero_config``, ``shards`` and ``slots``."""
-
-    recipe: Recipe
-    outline: Outline
-    world_size: int
-    gpu: bool
-
-    def lasting(self) -> list[Part]:
-        """From the start of the run to its end."""
-        everything, stage = self.outline.trained + self.outline.frozen, self.stage
-        return [
-            Part("weights", self.size * (-(-everything // self.world_size) if stage == 3 else everything)),
-            Part("gradient sums, fp32", self.gradients if self.keeps_gradients else 0),
-            Part("master weights, fp32", 4 * self.shard if stage else 0),
-            Part("optimizer state, fp32", 4 * len(STATE[self.recipe.optimizer.name]) * self.shard),
-            Part("moving average, fp32", 4 * self.shard if self.recipe.ema.decay else 0),
-            Part("reference", self.size * self.shard if self.recipe.algorithm.uses_reference else 0),
-            Part("gradient buckets", self._buckets()),
-            Part("gathered weights", self.size * self._gathered() if stage == 3 else 0),
-        ]
-
-    @property
-    def beside_forward(self) -> int:
-        """Bytes beside the activations of forwards without gradient.
-
-        They may run with a slot swapped in, while the policy's own weights are kept aside.
-        """
-        swaps = self.recipe.algorithm.uses_reference or self.recipe.ema.decay
-        return self.size * self.shard if swaps else 0
-
-    @property
-    def beside_backward(self) -> int:
-        """Bytes beside the activations of an update: gradient sums that each update makes anew."""
-        return 0 if self.keeps_gradients else self.gradients
-
-    @property
-    def step(self) -> int:
-        """Bytes that an optimizer step takes: gradients, a flat copy of them, and what AdamW makes."""
-        copies = 4 * self.shard if self.stage in (1, 2) and not self.rounded else 0
-        # Unfused, it holds a root and a quotient of a flat tensor's second moments.
-        unfused = 8 * self.shard if self.stage and self.recipe.optimizer.name == "adamw" and not self.gpu else 0
-        return self.beside_backward + max(copies, unfused)
-
-    @property
-    def keeps_gradients(self) -> bool:
-        """Whether the gradient sums have a buffer that stays from update to update."""
-        return self.stage == 3 or (self.stage == 1 and self.rounded)
-
-    @property
-    def gradients(self) -> int:
-        """Bytes of the gradient sums."""
-        return 4 * (self.outline.trained if self.stage <= 1 else self.shard)
-
-    @property
-    def shard(self) -> int:
-        """Trained weights that a rank updates."""
-        return self.outline.trained if self.stage == 0 else -(-self.outline.trained // self.world_size)
-
-    @property
-    def stage(self) -> int:
-        """Of ZeRO."""
-        return self.recipe.engine.zero_stage
-
-    @property
-    def size(self) -> int:
-        """Bytes of a weight."""
-        return self.recipe.engine.dtype.itemsize
-
-    @property
-    def rounded(self) -> bool:
-        """Whether the model computes with rounded weights."""
-        return self.recipe.engine.precision == "bf16"
-
-    def _buckets(self) -> int:
-        """Bytes of the buffers in which gradients are joined for a message."""
-        bucket = self.recipe.engine.reduce_bucket
-        if self.stage == 0 or (self.stage == 1 and self.rounded):
-            return 4 * min(bucket, self.outline.trained)
-        return self.size * bucket * (2 if self.stage == 2 and self.gpu else 1)
-
-    def _gathered(self) -> int:
-        """Elements that ZeRO-3 has gathered at once."""
-        everything, engine = self.outline.trained + self.outline.frozen, self.recipe.engine
-        block = self.outline.largest_block(self.recipe.model.leaf_blocks)
-        # What arrives is held twice, as it came from all ranks and put together.
-        arriving = min(everything, block + engine.prefetch_bucket)
-        # Without activation checkpointing the graph holds on to every weight from forward to backward.
-        if engine.gather_once or not engine.activation_checkpointing:
-            return everything + arriving
-        return min(everything, arriving + REUSE_DISTANCE // 2) + arriving
 
 
 def _samples(costs: Costs, workloads: Iterable[Workload]) -> Part:

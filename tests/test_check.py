@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_told_with_cures(recipes, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        (["model.path=nobody/nothing"], "is not in the hub's cache on this machine, and nothing is downloaded here."),
+        (["model.path=nobody/nothing"], "'nobody/nothing' is not at hand"),
         (["--random-weights", "flux-12b"], "--random-weights: found 'flux-12b'; for model.name sd give sd15."),
         (["--num_gpus", "0"], "give at least 1 GPU"),
         (["--num_gpus", "3"], "do not divide among 3 ranks"),

@@ -29,7 +29,7 @@ FLOORS = (
     "rollout heldout results alarms algorithm pictures comparison measure report_text report_page report",
     "algorithms",
     "recipe run_folder model_card commands export policies",
-    "gpus memory duration plan remedies check_text",
+    "gpus engine_memory memory duration plan remedies check_text",
     "meter trainer",
     "photos run check prepare sample evaluate launcher",
 )

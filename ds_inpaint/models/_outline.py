@@ -32,10 +32,18 @@ def read_configs(path: str, revision: str | None, denoiser: Path | None, part: s
         layout: what the family's folders hold.
 
     Raises:
-        InputError: a hub model is not at hand.
+        InputError: a configuration is not at hand.
     """
-    folder = Path(path) if Path(path).is_dir() else _cached(path, revision, layout)
-    parts = {name: read_config(folder / name) for name in (*layout.networks, "scheduler")}
+    local = Path(path).is_dir()
+    try:
+        folder = Path(path) if local else Path(snapshot_download(path, revision=revision, local_files_only=True))
+        parts = {name: read_config(folder / name) for name in (*layout.networks, "scheduler")}
+    except (OSError, HFValidationError) as error:
+        raise InputError(
+            f"model.path: the configuration of {path!r} is not at hand, and nothing is downloaded here. Give "
+            f"model.path=FOLDER, download the model (hf download {path}), or name a published shape with "
+            f"--random-weights: {', '.join(PUBLISHED)}."
+        ) from error
     return parts if denoiser is None else parts | {part: read_config(denoiser)}
 
 
@@ -80,16 +88,3 @@ def outlined_text(network: Any, config: Mapping[str, Any]) -> nn.Module:
     """A text encoder of the given transformers class."""
     with torch.device("meta"):
         return network(network.config_class(**config))
-
-
-def _cached(path: str, revision: str | None, layout: FolderLayout) -> Path:
-    files = [f"{part}/*config.json" for part in (*layout.networks, "scheduler")]
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=files, local_files_only=True))
-    except (OSError, HFValidationError) as error:
-        shapes = ", ".join(PUBLISHED)
-        raise InputError(
-            f"model.path: the hub model {path!r} is not in the hub's cache on this machine, and nothing is downloaded "
-            f"here. Give model.path=FOLDER, download it (hf download {path}), or name a published shape with "
-            f"--random-weights: {shapes}."
-        ) from error
