@@ -1,7 +1,7 @@
 """What DeepSpeed keeps on each rank in each ZeRO stage, in bytes.
 
-Read off DeepSpeed 0.19: ``runtime/zero/stage3.py``, ``runtime/zero/stage_1_and_2.py``, ``runtime/bf16_optimizer.py``, as
-``zero_config.py`` sets them up; beside it ``slots.py``. ``tests/benchmarks/memory_estimate.py`` compares with real runs.
+Read off DeepSpeed 0.19 as ``zero_config.py`` sets it up: ``runtime/zero/stage3.py`` and ``stage_1_and_2.py``,
+``runtime/bf16_optimizer.py``; and off ``slots.py``. ``tests/benchmarks/memory_estimate.py`` compares with real runs.
 """
 
 from __future__ import annotations

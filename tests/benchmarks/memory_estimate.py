@@ -2,7 +2,7 @@
 
     python tests/benchmarks/memory_estimate.py
 
-Measured is what torch's CPU allocator hands out on rank 0 between the start and the end of a run of one iteration with
+Measured is what torch's CPU allocator hands out on rank 0 between the start and the end of a run of two iterations with
 two evaluations, as torch's profiler sees every allocation: exact to the byte, unlike the resident memory of a process.
 Both sides leave out what is no tensor. On a CPU two things differ from a GPU and are told to the prediction: gradients
 do not travel while others are computed, and AdamW is not fused, so that its step makes temporary copies of its shards.
@@ -39,7 +39,7 @@ from ds_inpaint.zero_config import setup
 
 RANKS = 2
 SMALL = [
-    *("run.iterations=1", "checkpoint.every=0", "evaluation.samples=16", "engine.reduce_bucket=1000000"),
+    *("run.iterations=2", "checkpoint.every=0", "evaluation.samples=16", "engine.reduce_bucket=1000000"),
     *("data.batch=4", "engine.micro_batch=8"),
 ]
 NO_CHECKPOINTING = "engine.activation_checkpointing=false"
