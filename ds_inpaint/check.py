@@ -14,17 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ds_inpaint import schema
-from ds_inpaint.check_text import describe, origins, summary
+from ds_inpaint.check_text import describe, origins, summary, told
 from ds_inpaint.commands import run_command
 from ds_inpaint.duration import Assumptions, Machine
 from ds_inpaint.errors import InputError
 from ds_inpaint.gpus import GPUS
 from ds_inpaint.outline import Configs
-from ds_inpaint.plan import make_plan, read_sizes
+from ds_inpaint.plan import Plan, make_plan, read_sizes
 from ds_inpaint.recipe import Recipe, load_recipe
 from ds_inpaint.remedies import Remedy, remedies
 
@@ -76,31 +77,19 @@ def _check(options: argparse.Namespace) -> None:
             f"give at least 1 GPU, a share above 0 and up to 1, and no less than 0 GB."
         )
     recipe = load_recipe(options.recipe, options.overrides, options.num_gpus)
+    shape: str | None = options.random_weights
+    configs = recipe.model.configs() if shape is None else recipe.model.published(shape)
     machine = Machine(GPUS[options.gpu], options.num_gpus, Assumptions(options.utilisation, options.reserve))
-    configs, sizes = _configs(recipe, options.random_weights), read_sizes(recipe)
-    plan = make_plan(recipe, configs, sizes, machine)
+    plan = make_plan(recipe, configs, read_sizes(recipe), machine)
     keys = origins(schema.load(options.recipe, options.overrides, Recipe))
     print(describe(options.gpu, plan, keys), flush=True)
-
-    def judge(settings: Sequence[str], gpus: int) -> int | None:
-        try:
-            other = load_recipe(options.recipe, [*options.overrides, *settings], gpus)
-        except InputError:  # such as a batch that does not divide among so many ranks
-            return None
-        elsewhere = Machine(machine.gpu, gpus, machine.assumed)
-        return make_plan(other, configs, sizes, elsewhere).memory().total
-
     needed, limit = plan.memory().total, machine.usable_bytes
-    tried: list[Remedy] = []
+    tried = []
     if needed > limit:
         print("\nTo make it fit, the cheapest first, each with the memory of a GPU:")
-        whole = recipe.model.lora is None
-        for remedy in remedies(recipe.engine, options.num_gpus, needed, limit, judge, adapters=whole):
+        for remedy in _remedies(options, plan, configs):
             tried.append(remedy)
-            told = " ".join(remedy.settings)
-            ranks = f"--num_gpus {remedy.gpus}" if remedy.gpus != options.num_gpus else ""
-            verdict = "fits" if remedy.fits else "does not fit yet"
-            print(f"  {remedy.bytes / 1e9:8.1f} GB  {verdict:16}  {told} {ranks}".rstrip(), flush=True)
+            print(told(remedy, options.num_gpus), flush=True)
     if options.json:
         options.json.write_text(json.dumps(summary(options.gpu, plan, keys, tried), indent=1) + "\n")
     if needed > limit:
@@ -110,8 +99,16 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
-def _configs(recipe: Recipe, shape: str | None) -> Configs:
-    return recipe.model.configs() if shape is None else recipe.model.published(shape)
+def _remedies(options: argparse.Namespace, plan: Plan, configs: Configs) -> Iterator[Remedy]:
+    def judge(settings: Sequence[str], gpus: int) -> int | None:
+        try:
+            other = load_recipe(options.recipe, [*options.overrides, *settings], gpus)
+        except InputError:  # such as a batch that does not divide among so many ranks
+            return None
+        return make_plan(other, configs, plan.sizes, replace(plan.machine, count=gpus)).memory().total
+
+    needed, limit, model = plan.memory().total, plan.machine.usable_bytes, plan.recipe.model
+    return remedies(plan.recipe.engine, options.num_gpus, needed, limit, judge, adapters=model.lora is None)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,13 @@ def describe(gpu: str, plan: Plan, keys: Sequence[Origin]) -> str:
     )
 
 
+def told(remedy: Remedy, gpus: int) -> str:
+    """A remedy as a line of text; ``gpus`` are those that there are now."""
+    ranks = [f"--num_gpus {remedy.gpus}"] if remedy.gpus != gpus else []
+    verdict = "fits" if remedy.fits else "does not fit yet"
+    return f"  {remedy.bytes / 1e9:8.1f} GB  {verdict:16}  {' '.join([*remedy.settings, *ranks])}"
+
+
 def summary(gpu: str, plan: Plan, keys: Sequence[Origin], tried: Sequence[Remedy]) -> dict[str, Any]:
     """The same for programs; bytes, seconds and floating-point operations."""
     memory = plan.memory()

@@ -31,7 +31,7 @@ def remedies(
     """Changes in the order of what they cost, each on top of those before, up to the first that fits.
 
     Small micro-batches cost some speed, recomputing a third more arithmetic, higher stages messages, GPUs money.
-    Adapters, which learn less, are told beside more GPUs.
+    Adapters, which learn less, are told beside more GPUs, both without the changes before where these are not needed.
 
     Args:
         engine: section of the recipe as it is.
@@ -45,26 +45,28 @@ def remedies(
     def best(options: Sequence[tuple[tuple[str, ...], int]]) -> Remedy | None:
         """The first option that fits, else the one that needs least, if that is less than what was needed before."""
         least = None
-        for added, count in options:
-            found = judge([*settings, *added], count)
+        for settings, count in options:
+            found = judge(settings, count)
             if found is not None and found < (least.bytes if least else needed):
-                least = Remedy((*settings, *added), count, found, found <= limit)
+                least = Remedy(settings, count, found, found <= limit)
                 if least.fits:
                     break
         return least
 
-    settings: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     for changes in (_micro_batches(engine), _recomputing(engine), _stages(engine)):
-        if found := best([((change,), gpus) for change in changes]):
+        if found := best([((*kept, change), gpus) for change in changes]):
             yield found
-            settings, needed = found.settings, found.bytes
+            kept, needed = found.settings, found.bytes
             if found.fits:
                 return
     doubled = [
         gpus * 2**doublings for doublings in range(1, MOST_GPUS.bit_length()) if gpus * 2**doublings <= MOST_GPUS
     ]
-    alternatives = [best([((), count) for count in doubled]), best([((ADAPTERS,), gpus)]) if adapters else None]
-    yield from (found for found in alternatives if found)
+    # With more GPUs, or adapters, the cheaper changes may not be needed.
+    more_gpus = [(settings, count) for count in doubled for settings in ((), kept)]
+    fewer_weights = [((*settings, ADAPTERS), gpus) for settings in ((), kept)] if adapters else []
+    yield from filter(None, (best(more_gpus), best(fewer_weights)))
 
 
 def _micro_batches(engine: EngineSection) -> list[str]:
