@@ -164,8 +164,8 @@ def _time(gpu: str, plan: Plan) -> Iterator[str]:
 
 
 def _row(name: str, phase: Phase, seconds: float) -> str:
-    numbers = f"{phase.computing:>11.2f} {phase.communicating:>10.2f} {seconds:>9.2f}"
-    return f"  {name:<38} {phase.flops / 1e12:>10,.1f} {numbers}"
+    numbers = f"{phase.computing:>11,.4g} {phase.communicating:>10,.4g} {seconds:>9,.4g}"
+    return f"  {name:<38} {phase.flops / 1e12:>10,.4g} {numbers}"
 
 
 def _phase(phase: Phase) -> Mapping[str, Any]:

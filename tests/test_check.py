@@ -261,13 +261,13 @@ def test_the_command_tells_everything_and_writes_it(recipes, tmp_path, capsys):
     assert written["remedies"] == []
 
 
-def test_what_does_not_fit_is_told_with_cures(recipes, capsys, monkeypatch):
-    monkeypatch.setitem(check.GPUS, "h100", replace(GPUS["h100"], memory_GB=4.011))
-    arguments = [str(recipes["sft_sd"]), "data.size=64", "engine.reduce_bucket=1000", "engine.zero_stage=3"]
-    assert check.main([*arguments, "model.lora.rank=2"]) == 2
+def test_what_does_not_fit_is_told_with_cures(recipes, plans, capsys, monkeypatch):
+    needed = plans("sft_sd", "model.lora.rank=2", ranks=1).memory().total
+    monkeypatch.setitem(check.GPUS, "h100", replace(GPUS["h100"], memory_GB=4 + 0.999 * needed / 1e9))
+    assert check.main([str(recipes["sft_sd"]), "data.size=32", "model.lora.rank=2"]) == 2
     told = capsys.readouterr()
     assert "DOES NOT FIT" in told.out
-    assert "engine.micro_batch=" in told.out
+    assert "engine.micro_batch=1\n" in told.out
     assert "does not fit: it takes" in told.err
 
 
