@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Rollout
 from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
+from ds_inpaint.workload import Deal, Workload
 
 
 class Algorithm(Protocol):
@@ -40,6 +41,10 @@ class Algorithm(Protocol):
 
     def check(self, sampler: Sampler) -> None:
         """Raise Impossible where recipe keys of the algorithm and the sampler cannot go together."""
+        ...
+
+    def workload(self, deal: Deal) -> Workload:
+        """How much of what a rank does in an iteration, as ``collect`` and ``loss`` will do it."""
         ...
 
     def collect(

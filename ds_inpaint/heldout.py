@@ -23,6 +23,7 @@ from ds_inpaint.pixels import grey_holes
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Prepared, Rollout
 from ds_inpaint.values import Triple
+from ds_inpaint.workload import Deal, Forwards, Workload
 
 
 @dataclass(frozen=True)
@@ -108,18 +109,45 @@ def evaluate(
 
 
 def _shares(triples: Sequence[Triple], rollouts: Mapping[Pixels, Rollout]) -> list[tuple[Rollout, list[int]]]:
-    """For each size that the triples have, in a fixed order, its rollout and the numbers of this rank's samples.
+    """For each size that the triples have, in a fixed order, its rollout and the numbers of this rank's samples."""
+    ranks = next(iter(rollouts.values())).ranks
+    dealt = deal_by_size([triple.pixels for triple in triples], ranks.rank, ranks.world_size)
+    return [(rollouts[pixels], numbers) for pixels, numbers in dealt.items()]
+
+
+def deal_by_size(sizes: Sequence[Pixels], rank: int, world_size: int) -> dict[Pixels, list[int]]:
+    """For each size that samples have, in a fixed order, the numbers of a rank's samples.
 
     Every rank draws equally many of a size; the last sample is drawn again where the count does not divide.
     """
-    shares = []
-    for pixels in sorted({triple.pixels for triple in triples}):
-        rollout = rollouts[pixels]
-        numbers = [number for number, triple in enumerate(triples) if triple.pixels == pixels]
-        per_rank = math.ceil(len(numbers) / rollout.ranks.world_size)
-        first = rollout.ranks.rank * per_rank
-        shares.append((rollout, [numbers[min(place, len(numbers) - 1)] for place in range(first, first + per_rank)]))
-    return shares
+    dealt = {}
+    for pixels in sorted(set(sizes)):
+        numbers = [number for number, each in enumerate(sizes) if each == pixels]
+        per_rank = math.ceil(len(numbers) / world_size)
+        first = rank * per_rank
+        dealt[pixels] = [numbers[min(place, len(numbers) - 1)] for place in range(first, first + per_rank)]
+    return dealt
+
+
+def workload(sizes: Sequence[Pixels], deal: Deal) -> Workload:
+    """What a rank does in one evaluation.
+
+    Args:
+        sizes: of the triples that its samples show.
+        deal: the ranks, the micro-batch and the sampler of evaluations; its number of triples does not count.
+    """
+    parts = list(deal_by_size(sizes, deal.rank, deal.world_size).values())
+    batches = deal.batches(parts)
+    return Workload(
+        denoiser=(
+            Forwards("held-out rollout", batches, deal.steps, guided=True),
+            Forwards("held-out loss", batches, 1, guided=False),
+        ),
+        encodes=deal.encodes(parts, 1, each=2),
+        decodes=batches,
+        updates=0,
+        latents=2 * sum(batches),
+    )
 
 
 @torch.no_grad()

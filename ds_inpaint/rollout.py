@@ -22,6 +22,7 @@ from ds_inpaint.reward_traffic import metrics
 from ds_inpaint.sampling import Trajectory, encode, walk
 from ds_inpaint.scores import Scores, concatenate, sample_order
 from ds_inpaint.values import Batch, Condition, Policy, Triple
+from ds_inpaint.workload import cut, share
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Prepared:
 
     def micro_batches(self, size: int) -> list[list[tuple[int, ...]]]:
         """Sample numbers of each part, cut into micro-batches."""
-        return [[tuple(part[start : start + size]) for start in range(0, len(part), size)] for part in self.parts]
+        return [cut(part, size) for part in self.parts]
 
     def rows_n(self, samples: Sequence[int]) -> Tensor:
         """The row of each sample's triple, int64 [n]."""
@@ -130,14 +131,8 @@ class Rollout:
         return self.policy.latent_shape(*self.pixels)
 
     def share(self, count: int, updates: int = 1) -> list[list[int]]:
-        """This rank's of ``count`` things, samples or triples, for each of an iteration's updates.
-
-        A rank takes a run of consecutive ones; an update takes every ``updates``-th, whoever holds it, so that
-        up to G updates each see every group. Needs ``count`` divisible by ranks x updates.
-        """
-        per_rank = count // self.ranks.world_size
-        mine = range(self.ranks.rank * per_rank, (self.ranks.rank + 1) * per_rank)
-        return [[number for number in mine if number % updates == update] for update in range(updates)]
+        """This rank's of ``count`` things, samples or triples, for each of an iteration's updates."""
+        return share(count, updates, self.ranks.rank, self.ranks.world_size)
 
     def prepare(
         self, triples: Sequence[Triple], group_size: int, parts: Sequence[Sequence[int]], *, originals: bool = False

@@ -37,10 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(path: Path, overrides: Sequence[str]) -> None:
     recipe = load_recipe(path, overrides, int(os.environ.get("WORLD_SIZE", 1)))
     ranks = setup(recipe.engine)
-    leaving(ranks, lambda: _train(recipe, ranks))
+    leaving(ranks, lambda: train_in_folder(recipe, ranks))
 
 
-def _train(recipe: Recipe, ranks: Ranks) -> None:
+def train_in_folder(recipe: Recipe, ranks: Ranks) -> None:
+    """Train in the recipe's run folder, from where a run found there has come; collective, see ``trainer.train``."""
     with ExitStack() as stack:
         start = None
         with ranks.together():

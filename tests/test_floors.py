@@ -17,9 +17,9 @@ FLOORS = (
     "errors stopping keys pixels",
     "yaml_tree key_types sections extends schema json_schema framing",
     "processes regions gaussian noise masks scores policy_gradient advantages preference ranks combiners "
-    "fidelity brushnet_protocol statistics",
+    "fidelity brushnet_protocol statistics workload",
     "images holes",
-    "values denoising sampling samplers",
+    "values outline denoising sampling samplers tracing costs",
     "data scan outputs cache datasets rows",
     "rewards machines distributed adapters models embedded_server plots tracking",
     "reward_traffic reward_channel reward_failover reward_routes reward_wire reward_lane",
@@ -29,8 +29,9 @@ FLOORS = (
     "rollout heldout results alarms collapse algorithm pictures comparison measure report_text report_page report",
     "algorithms",
     "recipe recipe_schema recipe_diff run_folder model_card commands export policies",
+    "gpus engine_memory memory duration plan remedies check_text",
     "meter trainer",
-    "photos run prepare sample evaluate launcher",
+    "photos run check prepare sample evaluate launcher",
 )
 """Files and folders of ds_inpaint, bottom first. Each imports only what stands below it or left of it."""
 

@@ -23,8 +23,7 @@ from ds_inpaint.models import flux
 from ds_inpaint.recipe import load_recipe
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Generated, Rollout, Rollouts
-from ds_inpaint.run_folder import opened
-from ds_inpaint.trainer import train
+from ds_inpaint.run import train_in_folder
 from ds_inpaint.zero_config import setup
 
 PREPARED_FLUX = ("flux_grpo_prepared", "flux_sft_prepared")
@@ -66,10 +65,9 @@ def main(out: Path, jobs: list[list[str]]) -> None:
         recipe = load_recipe(Path(recipe_path), overrides, int(os.environ.get("WORLD_SIZE", 1)))
         ranks = ranks or setup(recipe.engine)
         gc.freeze()  # DeepSpeed collects garbage for every engine, which is slow with so many lasting objects
-        folder = opened(recipe) if ranks.is_main else nullcontext()
         without = no_text_encoder() if recipe.run.name in PREPARED_FLUX else nullcontext()
-        with folder as start, without, first_rollout_kept(out / f"{recipe.run.name}.rank{ranks.rank}.safetensors"):
-            train(recipe, ranks, ranks.broadcast(start))
+        with without, first_rollout_kept(out / f"{recipe.run.name}.rank{ranks.rank}.safetensors"):
+            train_in_folder(recipe, ranks)
     ranks.leave()
 
 

@@ -20,6 +20,7 @@ from ds_inpaint.regions import latent_holes, rms_N
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Prepared, Rollout
 from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
+from ds_inpaint.workload import Deal, Forwards, Workload, cut
 
 DOCTOR_DEVIATION = 1e-5
 """While the policy is the reference both have the same errors; above this share they do not compute the same."""
@@ -110,13 +111,30 @@ class DPO:
     def check(self, sampler: Sampler) -> None:
         """Any sampler will do: no log-probs are needed."""
 
+    def workload(self, deal: Deal) -> Workload:
+        """Draw every sample, then denoise both of each pair with the reference, and again with gradients."""
+        parts = deal.share(deal.triples, self.updates_per_rollout)
+        samples = [self._samples(part) for part in parts]
+        batches = deal.batches(samples)
+        pairs = tuple(2 * n for n in deal.batches(parts, _pairs_at_once(deal.micro_batch)))
+        return Workload(
+            denoiser=(
+                Forwards("rollout", batches, deal.steps, guided=True),
+                Forwards("reference", pairs, self.times_per_pair, guided=False),
+                Forwards("update", pairs, self.times_per_pair, guided=False, trained=True),
+            ),
+            encodes=deal.encodes(samples, self.group_size, each=1) + pairs,
+            decodes=batches,
+            updates=self.updates_per_rollout,
+            latents=sum(batches) + 2 * sum(pairs) * self.times_per_pair,
+        )
+
     def collect(
         self, triples: Sequence[Triple], iteration: int, rollout: Rollout, rewards: RewardClient
     ) -> Experiences[Pairs]:
         """Sample and score every group, pair its best with its worst, and let the reference denoise both."""
         parts = rollout.share(len(triples), self.updates_per_rollout)
-        samples = [[group * self.group_size + i for group in part for i in range(self.group_size)] for part in parts]
-        prepared = rollout.prepare(triples, self.group_size, samples)
+        prepared = rollout.prepare(triples, self.group_size, [self._samples(part) for part in parts])
         reference = rollout.policy.denoiser.weights
         with reference("reference") if self.sampled_by == "reference" else nullcontext():
             generated = rollout.generate(prepared, rewards, purpose="rollout", iteration=iteration)
@@ -176,6 +194,9 @@ class DPO:
                 f"model."
             )
 
+    def _samples(self, groups: Sequence[int]) -> list[int]:
+        return [group * self.group_size + i for group in groups for i in range(self.group_size)]
+
     def _shares(self, weights_B: Tensor) -> Tensor:
         """Weight of each group's pair at one noise level, in the mean over the pairs of its update."""
         counts_U = weights_B.view(-1, self.updates_per_rollout).sum(0)
@@ -184,9 +205,8 @@ class DPO:
     @torch.no_grad()
     def _pairs(self, groups: Sequence[int], judged: Judged, rollout: Rollout) -> list[Pairs]:
         """This rank's pairs of one update; the K noise levels of a pair stand in K micro-batches."""
-        size = max(1, rollout.micro_batch // 2)
-        batches = [list(groups[start : start + size]) for start in range(0, len(groups), size)]
-        return [pairs for batch in batches for pairs in self._pairs_of_groups(batch, judged, rollout)]
+        batches = cut(groups, _pairs_at_once(rollout.micro_batch))
+        return [pairs for batch in batches for pairs in self._pairs_of_groups(list(batch), judged, rollout)]
 
     def _pairs_of_groups(self, groups: list[int], judged: Judged, rollout: Rollout) -> list[Pairs]:
         policy, device, prepared = rollout.policy, rollout.ranks.device, judged.prepared
@@ -217,3 +237,8 @@ class DPO:
     def _region(self, holes_2n1HW: Tensor, latent_shape: tuple[int, ...]) -> Tensor | None:
         _, height, width = latent_shape
         return latent_holes(holes_2n1HW, height, width, self.hole_dilation) if self.hole_only else None
+
+
+def _pairs_at_once(micro_batch: int) -> int:
+    """Pairs whose images together are no more than a micro-batch, if that holds one pair."""
+    return max(1, micro_batch // 2)

@@ -21,6 +21,7 @@ from ds_inpaint.regions import EVERYWHERE, Focus, latent_holes, mean_N, rms_N
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Chunk, Rollout
 from ds_inpaint.values import Condition, Experiences, Loss, Policy, Sampler, Triple
+from ds_inpaint.workload import Deal, Forwards, Workload
 
 DOCTOR_SHARE = 0.1
 """A deviation of the first ratios from 1 above this share of the clip range stops the run."""
@@ -130,6 +131,23 @@ class GRPO:
                 f"trainable ones (those that draw noise, without the last). Train fewer, or give the sampler more "
                 f"steps or noise.",
             )
+
+    def workload(self, deal: Deal) -> Workload:
+        """Draw every sample, then take its K trained steps again, with gradients and if need be with the reference."""
+        parts = deal.share(deal.triples * self.group_size, self.updates_per_rollout)
+        batches, steps = deal.batches(parts), self.trained_steps
+        reference = [Forwards("reference", batches, steps, guided=True)] if self.uses_reference else []
+        return Workload(
+            denoiser=(
+                Forwards("rollout", batches, deal.steps, guided=True),
+                *reference,
+                Forwards("update", batches, steps, guided=True, trained=True),
+            ),
+            encodes=deal.encodes(parts, self.group_size, each=1),
+            decodes=batches,
+            updates=self.updates_per_rollout,
+            latents=sum(batches) * (1 + (3 if reference else 2) * steps),
+        )
 
     def collect(
         self, triples: Sequence[Triple], iteration: int, rollout: Rollout, rewards: RewardClient

@@ -19,6 +19,7 @@ from ds_inpaint.regions import latent_holes, rms_N
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Prepared, Rollout
 from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
+from ds_inpaint.workload import Deal, Forwards, Workload
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,18 @@ class SFT:
 
     def check(self, sampler: Sampler) -> None:
         """Any sampler will do; only evaluations use it."""
+
+    def workload(self, deal: Deal) -> Workload:
+        """Denoise every image once."""
+        parts = deal.share(deal.triples, 1)
+        batches = deal.batches(parts)
+        return Workload(
+            denoiser=(Forwards("update", batches, 1, guided=False, trained=True),),
+            encodes=deal.encodes(parts, 1, each=2),
+            decodes=(),
+            updates=1,
+            latents=3 * sum(batches),
+        )
 
     def collect(
         self, triples: Sequence[Triple], iteration: int, rollout: Rollout, rewards: RewardClient

@@ -44,8 +44,19 @@ def create_denoiser(
         # Looked up here for its error; what it finds is found again in the real model.
         with torch.device("meta"):
             layers_to_adapt(network.from_config(config), lora, default_targets)
-    denoiser: Any = placement.create(lambda: network.from_config(config), folder)
-    if placement.activation_checkpointing:
+    denoiser = placement.create(lambda: network.from_config(config), folder)
+    return made_ready(denoiser, placement.activation_checkpointing, lora, default_targets, entrances)
+
+
+def made_ready(
+    denoiser: Any,
+    activation_checkpointing: bool,
+    lora: LoRA | None,
+    default_targets: Sequence[str],
+    entrances: Sequence[str],
+) -> Any:
+    """A denoiser, once it has its weights, as it is trained; for the arguments see ``create_denoiser``."""
+    if activation_checkpointing:
         denoiser.enable_gradient_checkpointing()
     else:
         # ZeRO-3 leaf blocks need positional calls, which diffusers makes only on this path.

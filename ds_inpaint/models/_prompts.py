@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+PromptEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
+"""From prompts to tensors, the first axis of each of which is the prompt."""
+
 MOST_PROMPTS = 1024
 """Prompts that are kept, in host memory of each rank; 4 GiB of them for FLUX.1 Fill in bf16."""
 
@@ -19,8 +22,8 @@ class PromptCache:
     None makes room for a later one: data come in cycles, in which the prompt that was used longest ago is needed next.
     """
 
-    encode: Callable[[Sequence[str]], dict[str, Tensor]]
-    """The text encoder; the first axis of every tensor that it returns is the prompt."""
+    encode: PromptEncoder
+    """The text encoder."""
     device: torch.device
     """Where the encodings are wanted."""
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict, init=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -40,7 +40,16 @@ from ds_inpaint.models._folder import (
     read_config,
     token_ids,
 )
-from ds_inpaint.models._prompts import PromptCache
+from ds_inpaint.models._outline import (
+    NO_FOLDER,
+    outlined_denoiser,
+    outlined_text,
+    outlined_vae,
+    published,
+    read_configs,
+)
+from ds_inpaint.models._prompts import PromptCache, PromptEncoder
+from ds_inpaint.outline import Configs, Outline
 from ds_inpaint.processes import RectifiedFlow
 from ds_inpaint.samplers.ode import ODE
 from ds_inpaint.values import Batch, Condition, Denoiser, Placement, Sampler
@@ -56,6 +65,8 @@ LORA_TARGETS = (
     *(f"{stream}.net.{layer}" for stream in ("ff", "ff_context") for layer in ("0.proj", "2")),
     *("proj_mlp", "proj_out"),
 )
+ENTRANCES = ("x_embedder", "context_embedder")
+"""The layers that feed the first block."""
 PATCH = 2
 """Side of a patch in latents."""
 
@@ -117,7 +128,7 @@ class Flux:
         Of a hub model this is known only once it is loaded.
         """
         folder = Path(self.path)
-        return misfit(height, width, _multiple(folder)) if folder.is_dir() else None
+        return misfit(height, width, _multiple(read_config(folder / "vae"))) if folder.is_dir() else None
 
     def load(self, placement: Placement) -> FluxPolicy:
         """Load the model; its text encoders follow when the first prompt is encoded.
@@ -132,23 +143,77 @@ class Flux:
         # The VAE of a hub model is known only now.
         if problem := self.denoiser_problem() or _fills_not(source, folder):
             raise InputError(f"model.denoiser: {problem}")
-        transformer = create_denoiser(
+        transformer = create_denoiser(FluxTransformer2DModel, source, placement, self.lora, LORA_TARGETS, ENTRANCES)
+        text = PromptCache(FluxText(folder, placement, self.text_tokens), placement.device)
+        scheduler = read_config(folder / "scheduler")
+        vae = load_vae(folder, placement)
+        codec = LatentCodec(vae, vae.config.shift_factor, _multiple(vae.config))
+        return self._policy(transformer, codec, text, scheduler, source, folder)
+
+    def configs(self) -> Configs:
+        """The configurations of the model's parts, without the network.
+
+        Raises:
+            InputError: it is a hub model that is not at hand.
+        """
+        return read_configs(self.path, self.revision, self.denoiser, self.part, LAYOUT)
+
+    def published(self, shape: str) -> Configs:
+        """Those of a published model instead.
+
+        Raises:
+            InputError: there is none of this family and name.
+        """
+        return published(shape, "flux")
+
+    def outline(self, configs: Configs, dtype: torch.dtype, activation_checkpointing: bool) -> Outline:
+        """The model without its numbers.
+
+        Raises:
+            InputError: a LoRA target does not exist.
+        """
+        transformer = outlined_denoiser(
             FluxTransformer2DModel,
-            source,
-            placement,
+            configs[self.part],
+            dtype,
+            activation_checkpointing,
             self.lora,
             LORA_TARGETS,
-            entrances=("x_embedder", "context_embedder"),
+            ENTRANCES,
         )
-        vae = load_vae(folder, placement)
+        vae = outlined_vae(configs["vae"], dtype)
+        widths = {"text": configs["text_encoder_2"]["d_model"], "pooled": configs["text_encoder"]["hidden_size"]}
+        empty = partial(torch.empty, dtype=dtype, device="meta")
+
+        def text(prompts: Sequence[str]) -> dict[str, Tensor]:
+            states_BLD = empty(len(prompts), self.text_tokens, widths["text"])
+            return {"text": states_BLD, "pooled": empty(len(prompts), widths["pooled"])}
+
+        encoders = (
+            outlined_text(CLIPTextModel, configs["text_encoder"]),
+            outlined_text(T5EncoderModel, configs["text_encoder_2"]),
+        )
+        codec = LatentCodec(vae, vae.config.shift_factor, _multiple(vae.config))
+        policy: Any = self._policy(transformer, codec, text, configs["scheduler"], NO_FOLDER, NO_FOLDER)
+        return Outline(policy, transformer, vae, encoders)
+
+    def _policy(
+        self,
+        transformer: Denoiser,
+        codec: LatentCodec,
+        text: PromptEncoder,
+        scheduler: Mapping[str, Any],
+        source: Path,
+        folder: Path,
+    ) -> FluxPolicy:
         return FluxPolicy(
             denoiser=transformer,
             denoiser_folder=source,
             folder=folder,
-            codec=LatentCodec(vae, vae.config.shift_factor, _multiple(folder)),
-            text=PromptCache(FluxText(folder, placement, self.text_tokens), placement.device),
+            codec=codec,
+            text=text,
             text_tokens=self.text_tokens,
-            scheduler=read_config(folder / "scheduler"),
+            scheduler=scheduler,
             guidance=self.guidance,
             shift=None if self.shift == "dynamic" else self.shift,
             lora=self.lora,
@@ -183,9 +248,9 @@ def _fills_not(part: Path, folder: Path) -> str | None:
     return None
 
 
-def _multiple(folder: Path) -> int:
+def _multiple(vae: Mapping[str, Any]) -> int:
     """Pixels that both sides of an image must be a multiple of: its latents are divided into patches."""
-    return PATCH * shrink(read_config(folder / "vae"))
+    return PATCH * shrink(vae)
 
 
 @dataclass(frozen=True)
@@ -251,7 +316,7 @@ class FluxPolicy:
     """Where it was loaded from, which need not be in ``folder``."""
     folder: Path
     codec: LatentCodec
-    text: PromptCache
+    text: PromptEncoder
     text_tokens: int
     scheduler: Mapping[str, Any]
     """Settings of the published scheduler."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,12 +35,23 @@ from ds_inpaint.models._folder import (
     read_config,
     token_ids,
 )
-from ds_inpaint.models._prompts import PromptCache
+from ds_inpaint.models._outline import (
+    NO_FOLDER,
+    outlined_denoiser,
+    outlined_text,
+    outlined_vae,
+    published,
+    read_configs,
+)
+from ds_inpaint.models._prompts import PromptCache, PromptEncoder
+from ds_inpaint.outline import Configs, Outline
 from ds_inpaint.processes import DiscreteDiffusion
 from ds_inpaint.samplers.ddim import DDIM
 from ds_inpaint.values import Batch, Condition, Denoiser, Placement, Sampler
 
 LAYOUT = FolderLayout("Stable Diffusion inpainting", ("unet", "vae", "text_encoder"), ("tokenizer", "scheduler"))
+ENTRANCES = ("conv_in",)
+"""The layer that feeds the first block."""
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
@@ -88,7 +99,9 @@ class SD:
         Of a hub model this is known only once it is loaded.
         """
         folder = Path(self.path)
-        return misfit(height, width, _multiple(folder, self._unet(folder))) if folder.is_dir() else None
+        if not folder.is_dir():
+            return None
+        return misfit(height, width, _multiple(read_config(folder / "vae"), read_config(self._unet(folder))))
 
     def load(self, placement: Placement) -> SDPolicy:
         """Load the model; its text encoder follows when the first prompt is encoded.
@@ -103,14 +116,71 @@ class SD:
         if problem := self.denoiser_problem():
             raise InputError(f"model.denoiser: {problem}")
         source = self._unet(folder)
-        unet = create_denoiser(UNet2DConditionModel, source, placement, self.lora, LORA_TARGETS, entrances=("conv_in",))
+        unet = create_denoiser(UNet2DConditionModel, source, placement, self.lora, LORA_TARGETS, ENTRANCES)
+        text = PromptCache(SDText(folder, placement), placement.device)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+        vae = load_vae(folder, placement)
+        codec = LatentCodec(vae, 0, _multiple(vae.config, unet.config))
+        return self._policy(unet, codec, text, scheduler, source, folder)
+
+    def configs(self) -> Configs:
+        """The configurations of the model's parts, without the network.
+
+        Raises:
+            InputError: it is a hub model that is not at hand.
+        """
+        return read_configs(self.path, self.revision, self.denoiser, self.part, LAYOUT)
+
+    def published(self, shape: str) -> Configs:
+        """Those of a published model instead.
+
+        Raises:
+            InputError: there is none of this family and name.
+        """
+        return published(shape, "sd")
+
+    def outline(self, configs: Configs, dtype: torch.dtype, activation_checkpointing: bool) -> Outline:
+        """The model without its numbers.
+
+        Raises:
+            InputError: a LoRA target does not exist.
+        """
+        unet = outlined_denoiser(
+            UNet2DConditionModel,
+            configs[self.part],
+            dtype,
+            activation_checkpointing,
+            self.lora,
+            LORA_TARGETS,
+            ENTRANCES,
+        )
+        vae = outlined_vae(configs["vae"], dtype)
+        codec = LatentCodec(vae, 0, _multiple(vae.config, unet.config))
+        clip = configs["text_encoder"]
+
+        def text(prompts: Sequence[str]) -> dict[str, Tensor]:
+            shape = len(prompts), clip["max_position_embeddings"], clip["hidden_size"]
+            return {"text": torch.empty(shape, dtype=dtype, device="meta")}
+
+        scheduler = DDIMScheduler.from_config(dict(configs["scheduler"]))
+        policy: Any = self._policy(unet, codec, text, scheduler, NO_FOLDER, NO_FOLDER)
+        return Outline(policy, unet, vae, (outlined_text(CLIPTextModel, clip),))
+
+    def _policy(
+        self,
+        unet: Denoiser,
+        codec: LatentCodec,
+        text: PromptEncoder,
+        scheduler: DDIMScheduler,
+        source: Path,
+        folder: Path,
+    ) -> SDPolicy:
         return SDPolicy(
             denoiser=unet,
             denoiser_folder=source,
             folder=folder,
-            codec=LatentCodec(load_vae(folder, placement), 0, _multiple(folder, source)),
-            text=PromptCache(SDText(folder, placement), placement.device),
+            codec=codec,
+            text=text,
             negative_prompt=self.negative_prompt,
             diffusion=DiscreteDiffusion(
                 scheduler.alphas_cumprod.float(),
@@ -143,9 +213,9 @@ def _other_channels(unet: Path) -> str | None:
     )
 
 
-def _multiple(folder: Path, unet: Path) -> int:
+def _multiple(vae: Mapping[str, Any], unet: Mapping[str, Any]) -> int:
     """Pixels that both sides of an image must be a multiple of: the UNet halves what the VAE has halved."""
-    return shrink(read_config(folder / "vae")) * shrink(read_config(unet))
+    return shrink(vae) * shrink(unet)
 
 
 @dataclass(frozen=True)
@@ -176,7 +246,7 @@ class SDPolicy:
     """Where it was loaded from, which need not be in ``folder``."""
     folder: Path
     codec: LatentCodec
-    text: PromptCache
+    text: PromptEncoder
     negative_prompt: str
     diffusion: DiscreteDiffusion
     guidance: float

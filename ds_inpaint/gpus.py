@@ -1,0 +1,36 @@
+"""What GPUs can do at best, by NVIDIA's data sheets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One kind of GPU; G is 10^9 and T 10^12."""
+
+    memory_GB: float
+    bf16_TFLOPS: float
+    """Peak of dense matrix products with fp32 sums; data sheets often print twice as much, with sparsity."""
+    fp32_TFLOPS: float
+    """Peak without tensor cores, as torch computes in fp32 unless it is told otherwise."""
+    link_GBps: float
+    """To the other GPUs of the machine, in one direction: half of what data sheets print for NVLink or PCIe."""
+
+    def flops(self, precision: str) -> float:
+        """Peak in floating-point operations a second."""
+        return 1e12 * (self.bf16_TFLOPS if precision == "bf16" else self.fp32_TFLOPS)
+
+
+GPUS = {
+    "h200": GPU(141, 989.4, 66.9, 450),
+    "h100": GPU(80, 989.4, 66.9, 450),
+    "h800": GPU(80, 989.4, 66.9, 200),
+    "h20": GPU(96, 148, 44, 450),
+    "a100": GPU(80, 312, 19.5, 300),
+    "a100-40": GPU(40, 312, 19.5, 300),
+    "a800": GPU(80, 312, 19.5, 200),
+    "l40s": GPU(48, 362, 91.6, 32),
+    "a6000": GPU(48, 154.8, 38.7, 32),
+}
+"""SXM forms of those that exist as such; l40s and a6000 (RTX A6000) on PCIe 4.0 x16."""
