@@ -139,8 +139,13 @@ def _time(gpu: str, plan: Plan) -> Iterator[str]:
 
 
 def _row(name: str, phase: Phase, seconds: float) -> str:
-    numbers = f"{phase.computing:>11,.4g} {phase.communicating:>10,.4g} {seconds:>9,.4g}"
-    return f"  {name:<38} {phase.flops / 1e12:>10,.4g} {numbers}"
+    times = f"{_short(phase.computing):>11} {_short(phase.communicating):>10} {_short(seconds):>9}"
+    return f"  {name:<38} {_short(phase.flops / 1e12):>10} {times}"
+
+
+def _short(number: float) -> str:
+    """Three digits at least, however small it is."""
+    return f"{number:,.1f}" if number >= 100 else f"{number:.3g}"
 
 
 def _phase(phase: Phase) -> Mapping[str, Any]:
