@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ds_inpaint import schema
-from ds_inpaint.distributed import Ranks, comes_from_another_rank, has_joined, is_first_to_fail
+from ds_inpaint.distributed import Ranks, claim_failure, comes_from_another_rank, has_joined
 from ds_inpaint.errors import DsInpaintError
 from ds_inpaint.recipe import Recipe
 
@@ -42,7 +42,7 @@ def run_command(body: Callable[[], None]) -> int:
     except Exception as error:
         if not (is_main or has_joined()):
             time.sleep(SECONDS_FOR_RANK_0)
-        if is_first_to_fail():
+        if claim_failure():
             _tell_unforeseen(error, rank)
         return 1
     except KeyboardInterrupt:
@@ -55,7 +55,7 @@ def _tell_unforeseen(error: Exception, rank: int) -> None:
     if comes_from_another_rank(error):
         print(
             f"ds_inpaint: Rank {rank} cannot reach another rank any more, which was killed, is out of memory, or lost "
-            f"its network ({str(error).partition('. ')[0]}). The same command goes on from the newest checkpoint.",
+            f"its network ({str(error).partition('. ')[0]}). The same command goes on from what has been saved.",
             file=sys.stderr,
             flush=True,
         )

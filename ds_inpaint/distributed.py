@@ -21,6 +21,12 @@ from ds_inpaint.stopping import StopRequest
 
 Value = TypeVar("Value")
 
+UNREACHABLE = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting"),  # gloo
+    "remote process exited or there was a network error",  # NCCL
+)
+"""What the backends say, in errors of no class of their own, when another rank is gone or silent."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -32,21 +38,20 @@ class Ranks:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
     control: dist.ProcessGroup | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     """What asks this rank to stop."""
 
     @classmethod
-    def of_this_run(cls, local_rank: int, device: torch.device, patience: timedelta) -> Ranks:
+    def of_this_run(cls, device: torch.device, patience: timedelta) -> Ranks:
         """Ranks of an initialised process group; ``patience`` bounds how long one waits for another.
 
         Slow rewards or a large checkpoint delay single ranks, so be generous.
         """
         world_size = dist.get_world_size()
         control = dist.new_group(backend="gloo", timeout=patience) if world_size > 1 else None
-        return cls(dist.get_rank(), world_size, local_rank, device, control)
+        return cls(dist.get_rank(), world_size, device, control)
 
     @property
     def is_main(self) -> bool:
@@ -171,8 +176,8 @@ def has_joined() -> bool:
     return dist.is_initialized()
 
 
-def is_first_to_fail() -> bool:
-    """Whether no other rank of the run has asked this before; True for any that has not joined, or lost rank 0."""
+def claim_failure() -> bool:
+    """Whether this rank is the first of the run to claim that it failed; True if it has not joined, or lost rank 0."""
     if not has_joined():
         return True
     try:
@@ -183,7 +188,9 @@ def is_first_to_fail() -> bool:
 
 def comes_from_another_rank(error: BaseException) -> bool:
     """Whether an error only says that a rank which had joined cannot be reached any more."""
-    return has_joined() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    return has_joined() and (
+        isinstance(error, dist.DistNetworkError) or any(each in str(error) for each in UNREACHABLE)
+    )
 
 
 def _describe(phase: str, plan: Mapping[str, int]) -> str:

@@ -144,7 +144,7 @@ def export_checkpoint(checkpoint: Path, out: Path, *, weights: str | None = None
 
 def _load(recipe: Recipe) -> Policy:
     """The model that training started from, as the engine got it, on the CPU of this process."""
-    alone, section = Ranks(0, 1, 0, torch.device("cpu")), replace(recipe.engine, zero_stage=2)
+    alone, section = Ranks(0, 1, torch.device("cpu")), replace(recipe.engine, zero_stage=2)
     policy: Policy = recipe.model.load(
         Placement(alone.device, section.dtype, False, lambda build, folder: create(build, folder, section, alone))
     )

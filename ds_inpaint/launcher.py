@@ -27,7 +27,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 from deepspeed.accelerator import get_accelerator
 from deepspeed.launcher import runner
 
-from ds_inpaint.stopping import LAUNCHER
+from ds_inpaint.stopping import LAUNCHER, SIGNALS
 
 
 def main() -> None:
@@ -87,19 +87,24 @@ def supervise(command: Sequence[str]) -> int:
     For a rank that a signal ended that is 128 + the signal's number, as shells expect.
     """
     heard: list[int] = []
+    launched: list[psutil.Popen] = []
     # When a rank is gone, C++ stack traces of the others would bury what they say of it.
     environment = {"TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ | {LAUNCHER: str(os.getpid())}
-    # In a session of its own, so that Ctrl-C in a terminal does not reach DeepSpeed's processes too.
-    running = psutil.Popen(command, env=environment, start_new_session=True)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         heard.append(number)
-        for process in ranks_below(running) or [*running.children(recursive=True), running]:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+        for running in launched:
+            for process in ranks_below(running) or [*running.children(recursive=True), running]:
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:  # before anything runs that a signal could leave behind
         signal.signal(number, pass_on)
+    # In a session of its own, so that Ctrl-C in a terminal does not reach DeepSpeed's processes too.
+    running = psutil.Popen(command, env=environment, start_new_session=True)
+    launched.append(running)
+    if heard:
+        pass_on(heard[0], None)
     code = int(running.wait())
     killed_by = 256 - code if 256 - code in signal.valid_signals() else 0  # DeepSpeed exits with minus the number
     if heard:

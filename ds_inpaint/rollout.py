@@ -169,9 +169,6 @@ class Rollout:
     ) -> Generated:
         """Generate this rank's samples; each micro-batch is scored while the next ones are made, and after.
 
-        Raises:
-            Stopped: on all ranks together, before the next micro-batch, since one was asked to stop.
-
         Args:
             prepared: the samples; a micro-batch never spans two parts.
             rewards: where images are scored.
@@ -179,6 +176,9 @@ class Rollout:
             record: sampler steps to keep for training, ascending.
             focus: where to draw noise and take log-probs, given the micro-batch's holes, bool [n, 1, H, W].
             same_start: whether a group starts from one initial noise.
+
+        Raises:
+            Stopped: on all ranks together, before the next micro-batch, since one was asked to stop.
         """
         started = time.perf_counter()
         plan = prepared.micro_batches(self.micro_batch)
@@ -217,7 +217,7 @@ class Rollout:
             scores = concatenate([rewards.collect(pending) for each in generated for pending in each.pending])
         samples = [sample for each in generated for part in each.prepared.parts for sample in part]
         areas = torch.cat([each.prepared.areas_n() for each in generated])
-        finite = torch.cat([chunk.finite_n.cpu() for each in generated for chunk in each.chunks])
+        finite = torch.cat([chunk.finite_n for each in generated for chunk in each.chunks]).cpu()
         everyone = self.ranks.gather((samples, scores, areas, finite, rewards.traffic()))
         order_N = sample_order([number for numbers, *_ in everyone for number in numbers])
         total = concatenate([part for _, part, *_ in everyone]).rows(order_N)
@@ -266,13 +266,15 @@ class Rollout:
         )
 
 
-def _require_finite(finite_N: Tensor, share: float) -> None:
+def _require_finite(finite_N: Tensor, tolerated: float) -> None:
+    """Raise NonFinite if more than this share of the pictures is not."""
     broken = int((~finite_N).sum())
-    if broken > share * len(finite_N):
+    if broken > tolerated * len(finite_N):
         raise NonFinite(
             f"{broken} of {len(finite_N)} pictures that the model drew are not finite, more than "
-            f"rewards.max_invalid_fraction={share:g}: its weights or activations are broken. Checkpoints hold finite "
-            f"weights only, so the newest is good; try engine.precision: fp32, or a lower optimizer.learning_rate."
+            f"rewards.max_invalid_fraction={tolerated:g}: its weights or activations are broken. Checkpoints hold "
+            f"finite weights only, so the newest is good; try engine.precision: fp32, or a lower "
+            f"optimizer.learning_rate."
         )
 
 

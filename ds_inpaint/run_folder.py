@@ -112,15 +112,15 @@ def _start(recipe: Recipe) -> Path | None:
     own = newest(recipe.run.dir / CHECKPOINTS)
     if recipe.run.resume == "auto":
         return own
-    given = _checkpoint_at(Path(recipe.run.resume))
+    given = Path(recipe.run.resume)
     if own is None:
-        return given
+        return _checkpoint_at(given)
     if given.parent.resolve() == own.parent.resolve() and given.name != own.name:
         raise InputError(
             f"run.resume: {given} is not the newest checkpoint of {recipe.run.dir}, which is {own.name}. To branch off "
             f"there give another run.dir; to take the later iterations back delete the later checkpoints."
         )
-    return own  # the branch has checkpoints of its own, and the same command goes on from them
+    return own  # the same command goes on from the branch's own, even if what it began from is gone
 
 
 def _checkpoint_at(place: Path) -> Path:

@@ -10,7 +10,7 @@ was interrupted.
 
 OUT/pasted/NAME.png has the known pixels put back, OUT/raw/NAME.png is as decoded; OUT/samples.jsonl says what is what.
 
-Exit codes: 0 done, 6 done but rows were rejected, 2 bad input.
+Exit codes: 0 done, 6 done but rows were rejected, 2 bad input, 8 pictures that are not finite.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ds_inpaint.cache import check_encoders
 from ds_inpaint.commands import leaving, parser, read_settings, run_command
 from ds_inpaint.data import READERS, batch_of, read_each
 from ds_inpaint.distributed import Ranks
-from ds_inpaint.errors import RowsRejected, UnusablePicture
+from ds_inpaint.errors import NonFinite, RowsRejected, UnusablePicture
 from ds_inpaint.framing import Framing, Pixels
 from ds_inpaint.gaussian import Schedule
 from ds_inpaint.images import read_png, write_grid, write_png
@@ -166,7 +166,7 @@ def sample(settings: Sampling, data: Path, out: Path, ranks: Ranks) -> None:
     mine = batches[ranks.rank :: ranks.world_size]
     schedules = {pixels: settings.sampler.schedule(policy.process(*pixels)) for pixels in settings.data.shapes}
     rejected: list[Problem] = []
-    with progress_bar(sum(map(len, mine)), "sample", "picture", shown=ranks.is_main) as bar:
+    with ranks.together(), progress_bar(sum(map(len, mine)), "sample", "picture", shown=ranks.is_main) as bar:
         for jobs in mine:
             if not all(job.file(out).exists() for job in jobs):
                 rejected += _fill(policy, schedules[jobs[0].triple.pixels], jobs, out, ranks.device)
@@ -219,7 +219,13 @@ def _fill(policy: Policy, schedule: Schedule, jobs: Sequence[Job], out: Path, de
         noise_nTCHW = torch.cat([sample_noise(job.seed, "sample", 0, [job.triple.id], shape) for job in drawn])
         condition, _ = encode(policy, batch, device, originals=False)
         walked = walk(policy, schedule, condition.rows(rows_n.to(device)), noise_nTCHW.to(device))
-        raw_nCHW = to_bytes(policy.decode(walked.end_nCHW)).cpu()
+        decoded_nCHW = policy.decode(walked.end_nCHW)
+        if not decoded_nCHW.isfinite().all():
+            raise NonFinite(
+                f"Pictures of {drawn[0].triple.source} or the rows drawn with it are not finite: the model's weights "
+                f"or activations are broken. Try engine.precision=fp32, or another checkpoint."
+            )
+        raw_nCHW = to_bytes(decoded_nCHW).cpu()
         pasted_nCHW = paste_known(raw_nCHW, batch.images_BCHW[rows_n], batch.holes_B1HW[rows_n])
         _write(drawn, raw_nCHW, pasted_nCHW, out)
     return [problem_of(triple, picture) for triple, picture in read if isinstance(picture, UnusablePicture)]

@@ -6,8 +6,10 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
 
 import psutil
@@ -93,6 +95,21 @@ class StopRequest:
             if gone and not over.wait(GRACE_SECONDS):
                 LOG.error("Another rank of this machine, process %d, is gone, so this one ends.", gone[0])
                 os._exit(1)
+
+
+@dataclass
+class TimeLimit:
+    """How long a run may take."""
+
+    hours: float
+    """0 for no limit."""
+    started: float = field(default_factory=time.monotonic)
+    longest: float = 0.0
+    """Seconds of the longest iteration so far."""
+
+    def has_room(self) -> bool:
+        """Whether another iteration as long as the longest one ends in time."""
+        return self.hours == 0 or time.monotonic() + self.longest <= self.started + 3600 * self.hours
 
 
 def is_gone(process: int) -> bool:

@@ -32,6 +32,7 @@ from ds_inpaint.run_folder import CHECKPOINTS, METRICS, SAMPLES
 from ds_inpaint.schema import dump, plain
 from ds_inpaint.sharded_load import create
 from ds_inpaint.slots import EMA
+from ds_inpaint.stopping import TimeLimit
 from ds_inpaint.tracking import Tracker, read_metrics
 from ds_inpaint.values import Experiences, Placement, Policy, Sampler, Triple
 
@@ -117,21 +118,6 @@ class Progress:
     def logged(self) -> int:
         """Number of the last logged row; -1 while even that of the untrained model is missing."""
         return self.done if self.done > 0 and not self.unlogged else self.done - 1
-
-
-@dataclass
-class TimeLimit:
-    """How long a run may take."""
-
-    hours: float
-    """0 for no limit."""
-    started: float = field(default_factory=time.monotonic)
-    longest: float = 0.0
-    """Seconds of the longest iteration so far."""
-
-    def has_room(self) -> bool:
-        """Whether another iteration as long as the longest one ends in time."""
-        return self.hours == 0 or time.monotonic() + self.longest <= self.started + 3600 * self.hours
 
 
 @dataclass

@@ -104,7 +104,7 @@ def setup(section: EngineSection) -> Ranks:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     patience = timedelta(minutes=section.timeout_minutes)
     deepspeed.init_distributed(timeout=patience, verbose=False)
-    return Ranks.of_this_run(local_rank, device, patience)
+    return Ranks.of_this_run(device, patience)
 
 
 def _complete_environment() -> None:

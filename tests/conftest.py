@@ -100,7 +100,7 @@ def prepare_here(*arguments: object) -> int:
     from ds_inpaint import prepare
     from ds_inpaint.distributed import Ranks
 
-    alone = Ranks(0, 1, 0, torch.device("cpu"))
+    alone = Ranks(0, 1, torch.device("cpu"))
     with patch.object(prepare, "setup", lambda section: alone):
         return prepare.main([str(argument) for argument in arguments])
 

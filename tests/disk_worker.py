@@ -27,7 +27,7 @@ from ds_inpaint.distributed import Ranks
 
 SMALL, LARGE = 1000, 1_000_000
 """Weights of a checkpoint that fits on the disk, and of one that does not: 4 bytes each."""
-WRITER = CheckpointWriter(Ranks(0, 1, 0, torch.device("cpu")))
+WRITER = CheckpointWriter(Ranks(0, 1, torch.device("cpu")))
 
 
 def save(target: Path, size: int, *, background: bool = False) -> bool:

@@ -599,7 +599,7 @@ def check_all(ranks: Ranks, folder: Path, before: Path) -> dict[str, Any]:
 
 def check_one_process(ranks: Ranks, folder: Path) -> dict[str, Any]:
     return {
-        "ranks": (ranks.rank, ranks.world_size, ranks.local_rank),
+        "ranks": (ranks.rank, ranks.world_size),
         "gather": ranks.gather("alone"),
         "sum": ranks.sum(torch.tensor([3.0])),
         "failure": message(InputError, lambda: ranks.stop_together(InputError("No recipe."))),

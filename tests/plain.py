@@ -52,7 +52,7 @@ def plain_policy(model: Any) -> Policy:
 
 def plain_rollout(policy: Policy, sampler: Any, pixels: tuple[int, int] = (64, 64), micro_batch: int = 4) -> Rollout:
     """A rollout of one rank."""
-    ranks = Ranks(0, 1, 0, torch.device("cpu"))
+    ranks = Ranks(0, 1, torch.device("cpu"))
     return Rollout(policy, sampler.schedule(policy.process(*pixels)), ranks, 0, pixels, micro_batch)
 
 

@@ -67,7 +67,7 @@ def refuse(*arguments: object) -> None:
 def main(out: Path, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     if os.environ["RANK"] == "0":
-        alone = Ranks(0, 1, 0, torch.device("cpu"))
+        alone = Ranks(0, 1, torch.device("cpu"))
         with patch.object(prepare, "setup", lambda section: alone):
             for place, victim in KILLED.items():
                 kill(out / place, arguments, victim)

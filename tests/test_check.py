@@ -284,7 +284,7 @@ def test_what_does_not_fit_is_told_with_cures(recipes, plans, capsys, monkeypatc
     ("changes", "sentence"),
     [
         (["model.path=nobody/nothing"], "'nobody/nothing' is not at hand"),
-        (["--random-weights", "flux-12b"], "--random-weights: found 'flux-12b'; for model.name sd give sd15."),
+        (["--random-weights", "flux-12b"], "--random-weights: found 'flux-12b'; for a model with a unet give sd15."),
         (["--num_gpus", "0"], "give at least 1 GPU"),
         (["--num_gpus", "3"], "do not divide among 3 ranks"),
         (["engine.zero_stagee=1"], "Did you mean zero_stage?"),

@@ -45,7 +45,7 @@ RUNS = {
     "other_unet": ("sft_sd", [*LORA, "model.denoiser=UNET", "engine.zero_stage=1"]),
 }
 """Recipe and overrides of each run on two ranks, in ZeRO-3 unless they say otherwise."""
-ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 PIPELINES = {"sd": StableDiffusionInpaintPipeline, "flux": FluxFillPipeline}
 LOADED_ALONE = """\
 import sys

@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import start_ranks
+from run_helpers import DEEPSPEED, ENVIRONMENT, is_alive, rows, wait_for, wait_for_iteration
 from safetensors.torch import load_file
-from test_run import DEEPSPEED, ENVIRONMENT, is_alive, rows, wait_for, wait_for_iteration
 
 ITERATIONS = 9
 SETTINGS = [

@@ -7,7 +7,6 @@ on one machine.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -22,9 +21,8 @@ from pathlib import Path
 import psutil
 import pytest
 import trustme
-from conftest import start_ranks
-from test_run import DEEPSPEED, codes, is_alive, rows, wait_for
-from test_run import ENVIRONMENT as OF_ONE_PROCESS
+from run_helpers import DEEPSPEED, codes, is_alive, rows, run_jobs, wait_for
+from run_helpers import ENVIRONMENT as OF_ONE_PROCESS
 
 from ds_inpaint import checkpoint_files
 from ds_inpaint.machines import loopback
@@ -190,15 +188,7 @@ def on_one_machine(out: Path, recipe: Path, whole: list[str]) -> dict[str, list[
         "resumed": [*resumed, f"run.iterations={ITERATIONS + 1}"],
         "apart": [*common, "run.dir=own"],
     }
-    words = [word for name, arguments in jobs.items() for word in ("--", name, *arguments)][1:]
-    ranks = start_ranks(2, ["tests/run_worker.py", str(out), *words], out / "ranks.log")
-    try:
-        left = [rank.wait(300) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert left == [0, 0], (out / "ranks.log").read_text()
-    return {name: [json.loads((out / f"{name}.rank{rank}.json").read_text()) for rank in (0, 1)] for name in jobs}
+    return run_jobs(out, jobs)
 
 
 def test_the_machines_have_one_name_and_yet_are_told_apart(machines):

@@ -6,20 +6,17 @@ then go through everything that does not end their processes; single ranks run w
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import start_ranks
+from run_helpers import DEEPSPEED, ENVIRONMENT, codes, is_alive, rows, run_jobs, wait_for, wait_for_iteration
 
 from ds_inpaint import run
 from ds_inpaint.checkpoint_files import numbers
@@ -32,12 +29,9 @@ from ds_inpaint.stored_checkpoint import read_weights
 from ds_inpaint.tracking import read_metrics
 from ds_inpaint.values import Triple
 
-DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 SCORERS = ("seam", "ring_texture", "known_fidelity")
 SEED, BATCH = 3, 2
 """Those of the recipe."""
-
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
 
 
 class Server:
@@ -59,17 +53,6 @@ class Server:
         self.process.communicate()
 
 
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
-def wait_for_iteration(folder: Path, iteration: int) -> None:
-    wait_for(lambda: len(read_metrics(folder / "metrics.jsonl")) > iteration, f"no iteration {iteration} in {folder}")
-
-
 def server_of(trainer: subprocess.Popen) -> psutil.Process:
     """The embedded reward server of a run, once it has been started."""
 
@@ -84,23 +67,6 @@ def server_of(trainer: subprocess.Popen) -> psutil.Process:
     wait_for(servers, "no reward server was started")
     [server] = servers()
     return server
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs; one that only waits for its new parent to collect it does not."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def rows(folder: Path) -> list[dict]:
-    """The metrics of a run without those that a clock or the network decides."""
-    clocks = ("seconds/", "samples_per_second", "rewards/")
-    return [
-        {name: value for name, value in row.items() if not name.startswith(clocks)}
-        for row in read_metrics(folder / "metrics.jsonl")
-    ]
 
 
 def iterations(folder: Path) -> list[int]:
@@ -196,22 +162,13 @@ def ended(out, recipe, photos, server, lost, losing):
         "nan_weight": [*nan, f"run.dir={out / 'nan_weight'}"],
         "healed": [*nan, f"run.dir={out / 'nan_weight'}"],
     }
-    words = [word for name, arguments in jobs.items() for word in ("--", name, *arguments)][1:]
-    ranks = start_ranks(2, ["tests/run_worker.py", str(out), *words], out / "ranks.log")
-    try:
+
+    def restart_server() -> None:
         wait_for_iteration(out / "killed", 1)
         server.kill()
         server.start()
-        left = [rank.wait(300) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert left == [0, 0], (out / "ranks.log").read_text()
-    return {name: [json.loads((out / f"{name}.rank{rank}.json").read_text()) for rank in (0, 1)] for name in jobs}
 
-
-def codes(ranks: list[dict]) -> list[int]:
-    return [rank["code"] for rank in ranks]
+    return run_jobs(out, jobs, restart_server)
 
 
 def test_a_run_without_rewards_stops_with_code_3_and_says_why_once(lost):
@@ -358,7 +315,7 @@ def test_single_ranks_need_no_launcher_and_leave_no_server_behind(out, recipe):
 
 
 def test_an_unknown_scorer_ends_the_run_before_a_model_is_loaded(out, recipe, monkeypatch, capsys):
-    monkeypatch.setattr(run, "setup", lambda section: Ranks(0, 1, 0, "cpu"))
+    monkeypatch.setattr(run, "setup", lambda section: Ranks(0, 1, "cpu"))
     monkeypatch.setattr("ds_inpaint.models.sd.SD.load", None)
     options = [f"run.dir={out / 'unknown'}", "rewards.servers=embedded", "rewards.scorers={seem: 1.0}"]
     assert run.main([str(recipe), *options]) == 2

@@ -13,9 +13,10 @@ from model_helpers import draw_with_diffusers, placement
 
 from ds_inpaint import sample
 from ds_inpaint.data import load
+from ds_inpaint.distributed import Ranks
 from ds_inpaint.framing import Framing
 from ds_inpaint.images import read_png, write_png
-from ds_inpaint.models.sd import SD
+from ds_inpaint.models.sd import SD, SDPolicy
 from ds_inpaint.noise import sample_noise
 from ds_inpaint.outputs import safe_name
 from ds_inpaint.rows import read_rows
@@ -69,6 +70,15 @@ def drawn(data, small_model, tmp_path_factory):
 
 def start(name, ranks, more, data, model, out):
     return start_ranks(ranks, [WORKER, *arguments(data, model, out / name), *more], out / f"{name}.log")
+
+
+def test_pictures_that_are_not_finite_are_not_written(data, small_model, tmp_path, monkeypatch, capsys):
+    decode = SDPolicy.decode
+    monkeypatch.setattr(SDPolicy, "decode", lambda self, latents: decode(self, latents) * torch.nan)
+    monkeypatch.setattr(sample, "setup", lambda section: Ranks(0, 1, torch.device("cpu")))
+    assert sample.main(arguments(data, small_model, tmp_path / "out")) == 8
+    assert "are not finite: the model's weights or activations are broken" in capsys.readouterr().err
+    assert list((tmp_path / "out" / "pasted").iterdir()) == []
 
 
 def test_bad_rows_are_listed_and_the_others_filled(drawn):

@@ -12,8 +12,7 @@ import psutil
 import pytest
 
 from ds_inpaint.errors import Stopped
-from ds_inpaint.stopping import LAUNCHER, StopRequest, is_gone
-from ds_inpaint.trainer import TimeLimit
+from ds_inpaint.stopping import LAUNCHER, StopRequest, TimeLimit, is_gone
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
 
@@ -118,7 +117,7 @@ def test_signals_do_what_they_did_before_once_nobody_listens():
 
 def test_an_iteration_begins_only_if_one_as_long_as_the_longest_fits(monkeypatch):
     now = 1000.0
-    monkeypatch.setattr("ds_inpaint.trainer.time.monotonic", lambda: now)
+    monkeypatch.setattr("ds_inpaint.stopping.time.monotonic", lambda: now)
     limit, unlimited = TimeLimit(hours=1, started=now, longest=600), TimeLimit(0, longest=1e9)
     now += 3600 - 600
     assert limit.has_room()

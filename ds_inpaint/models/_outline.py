@@ -47,16 +47,16 @@ def read_configs(path: str, revision: str | None, denoiser: Path | None, part: s
     return parts if denoiser is None else parts | {part: read_config(denoiser)}
 
 
-def published(shape: str, family: str) -> Configs:
-    """The configurations of a published model.
+def published(shape: str, part: str) -> Configs:
+    """The configurations of a published model whose denoiser is called ``part``.
 
     Raises:
         InputError: there is none of this name, or it is of another family.
     """
-    known = [name for name, (kind, _) in PUBLISHED.items() if kind == family]
+    known = [name for name, configs in PUBLISHED.items() if part in configs]
     if shape not in known:
-        raise InputError(f"--random-weights: found {shape!r}; for model.name {family} give {' or '.join(known)}.")
-    return PUBLISHED[shape][1]
+        raise InputError(f"--random-weights: found {shape!r}; for a model with a {part} give {' or '.join(known)}.")
+    return PUBLISHED[shape]
 
 
 def outlined_denoiser(

@@ -33,56 +33,50 @@ _T5_XXL: dict[str, Any] = {
     "vocab_size": 32128,
 }
 
-PUBLISHED: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "flux-12b": (
-        "flux",
-        {
-            "transformer": {
-                "_class_name": "FluxTransformer2DModel",
-                "in_channels": 384,
-                "out_channels": 64,
-                "guidance_embeds": True,
-            },
-            "vae": {
-                **_AUTOENCODER,
-                "latent_channels": 16,
-                "use_quant_conv": False,
-                "use_post_quant_conv": False,
-                "scaling_factor": 0.3611,
-                "shift_factor": 0.1159,
-            },
-            "text_encoder": _CLIP_L,
-            "text_encoder_2": _T5_XXL,
-            "scheduler": {
-                "use_dynamic_shifting": True,
-                "shift": 3.0,
-                "base_shift": 0.5,
-                "max_shift": 1.15,
-                "base_image_seq_len": 256,
-                "max_image_seq_len": 4096,
-            },
+PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
+    "flux-12b": {
+        "transformer": {
+            "_class_name": "FluxTransformer2DModel",
+            "in_channels": 384,
+            "out_channels": 64,
+            "guidance_embeds": True,
         },
-    ),
-    "sd15": (
-        "sd",
-        {
-            "unet": {
-                "_class_name": "UNet2DConditionModel",
-                "in_channels": 9,
-                "cross_attention_dim": 768,
-                "attention_head_dim": 8,
-                "sample_size": 64,
-            },
-            "vae": {**_AUTOENCODER, "latent_channels": 4},
-            "text_encoder": _CLIP_L,
-            "scheduler": {
-                "beta_start": 0.00085,
-                "beta_end": 0.012,
-                "beta_schedule": "scaled_linear",
-                "steps_offset": 1,
-                "set_alpha_to_one": False,
-            },
+        "vae": {
+            **_AUTOENCODER,
+            "latent_channels": 16,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            "scaling_factor": 0.3611,
+            "shift_factor": 0.1159,
         },
-    ),
+        "text_encoder": _CLIP_L,
+        "text_encoder_2": _T5_XXL,
+        "scheduler": {
+            "use_dynamic_shifting": True,
+            "shift": 3.0,
+            "base_shift": 0.5,
+            "max_shift": 1.15,
+            "base_image_seq_len": 256,
+            "max_image_seq_len": 4096,
+        },
+    },
+    "sd15": {
+        "unet": {
+            "_class_name": "UNet2DConditionModel",
+            "in_channels": 9,
+            "cross_attention_dim": 768,
+            "attention_head_dim": 8,
+            "sample_size": 64,
+        },
+        "vae": {**_AUTOENCODER, "latent_channels": 4},
+        "text_encoder": _CLIP_L,
+        "scheduler": {
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "steps_offset": 1,
+            "set_alpha_to_one": False,
+        },
+    },
 }
-"""Name of a shape to its family and the configurations of its parts."""
+"""Name of a shape to the configurations of its parts."""

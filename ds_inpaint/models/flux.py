@@ -24,6 +24,7 @@ from ds_inpaint.errors import InputError
 from ds_inpaint.keys import REQUIRED, key
 from ds_inpaint.models._codec import LatentCodec, misfit, shrink
 from ds_inpaint.models._denoiser import create_denoiser, export
+from ds_inpaint.models._family import Family
 from ds_inpaint.models._folder import (
     DENOISER_DOC,
     LORA_DOC,
@@ -36,7 +37,6 @@ from ds_inpaint.models._folder import (
     fingerprints,
     load_text,
     load_vae,
-    path_problem,
     read_config,
     token_ids,
 )
@@ -45,8 +45,6 @@ from ds_inpaint.models._outline import (
     outlined_denoiser,
     outlined_text,
     outlined_vae,
-    published,
-    read_configs,
 )
 from ds_inpaint.models._prompts import PromptCache, PromptEncoder
 from ds_inpaint.outline import Configs, Outline
@@ -72,11 +70,11 @@ PATCH = 2
 
 
 @dataclass(frozen=True)
-class Flux:
+class Flux(Family):
     """Recipe section ``model: {name: flux}``."""
 
     part: ClassVar[str] = "transformer"
-    """Name that pipelines have for the denoiser, and its subfolder."""
+    layout: ClassVar[FolderLayout] = LAYOUT
     pipelines: ClassVar[tuple[str, ...]] = ("FluxFillPipeline",)
     """Classes of diffusers that such a model may be saved as."""
     process: ClassVar[type] = RectifiedFlow
@@ -104,12 +102,6 @@ class Flux:
     )
     text_tokens: int = key(512, "T5 tokens per prompt; longer prompts are truncated.", at_least=1, at_most=512)
     lora: LoRA | None = key(None, LORA_DOC)
-
-    def problem(self) -> str | None:
-        """Why ``path`` cannot be a model of this family; None when it can, as far as is known without the network."""
-        problem = path_problem(self.path, self.revision, LAYOUT)
-        folder = Path(self.path)
-        return problem or (self._unfit(folder) if folder.is_dir() else None)
 
     def denoiser_problem(self) -> str | None:
         """Why ``denoiser`` cannot be that of such a model; None when it can, or is not given.
@@ -149,22 +141,6 @@ class Flux:
         vae = load_vae(folder, placement)
         codec = LatentCodec(vae, vae.config.shift_factor, _multiple(vae.config))
         return self._policy(transformer, codec, text, scheduler, source, folder)
-
-    def configs(self) -> Configs:
-        """The configurations of the model's parts, without the network.
-
-        Raises:
-            InputError: it is a hub model that is not at hand.
-        """
-        return read_configs(self.path, self.revision, self.denoiser, self.part, LAYOUT)
-
-    def published(self, shape: str) -> Configs:
-        """Those of a published model instead.
-
-        Raises:
-            InputError: there is none of this family and name.
-        """
-        return published(shape, "flux")
 
     def outline(self, configs: Configs, dtype: torch.dtype, activation_checkpointing: bool) -> Outline:
         """The model without its numbers.

@@ -19,6 +19,7 @@ from ds_inpaint.errors import InputError
 from ds_inpaint.keys import REQUIRED, key
 from ds_inpaint.models._codec import LatentCodec, misfit, shrink
 from ds_inpaint.models._denoiser import create_denoiser, export
+from ds_inpaint.models._family import Family
 from ds_inpaint.models._folder import (
     DENOISER_DOC,
     LORA_DOC,
@@ -31,7 +32,6 @@ from ds_inpaint.models._folder import (
     fingerprints,
     load_text,
     load_vae,
-    path_problem,
     read_config,
     token_ids,
 )
@@ -40,8 +40,6 @@ from ds_inpaint.models._outline import (
     outlined_denoiser,
     outlined_text,
     outlined_vae,
-    published,
-    read_configs,
 )
 from ds_inpaint.models._prompts import PromptCache, PromptEncoder
 from ds_inpaint.outline import Configs, Outline
@@ -56,11 +54,11 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
 @dataclass(frozen=True)
-class SD:
+class SD(Family):
     """Recipe section ``model: {name: sd}``."""
 
     part: ClassVar[str] = "unet"
-    """Name that pipelines have for the denoiser, and its subfolder."""
+    layout: ClassVar[FolderLayout] = LAYOUT
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionInpaintPipeline",)
     """Classes of diffusers that such a model may be saved as."""
     process: ClassVar[type] = DiscreteDiffusion
@@ -80,12 +78,6 @@ class SD:
     )
     negative_prompt: str = key("", "Prompt that the guidance points away from.")
     lora: LoRA | None = key(None, LORA_DOC)
-
-    def problem(self) -> str | None:
-        """Why ``path`` cannot be a model of this family; None when it can, as far as is known without the network."""
-        problem = path_problem(self.path, self.revision, LAYOUT)
-        folder = Path(self.path)
-        return problem or (self._unfit(folder) if folder.is_dir() else None)
 
     def denoiser_problem(self) -> str | None:
         """Why ``denoiser`` cannot be that of such a model; None when it can, or is not given."""
@@ -122,22 +114,6 @@ class SD:
         vae = load_vae(folder, placement)
         codec = LatentCodec(vae, 0, _multiple(vae.config, unet.config))
         return self._policy(unet, codec, text, scheduler, source, folder)
-
-    def configs(self) -> Configs:
-        """The configurations of the model's parts, without the network.
-
-        Raises:
-            InputError: it is a hub model that is not at hand.
-        """
-        return read_configs(self.path, self.revision, self.denoiser, self.part, LAYOUT)
-
-    def published(self, shape: str) -> Configs:
-        """Those of a published model instead.
-
-        Raises:
-            InputError: there is none of this family and name.
-        """
-        return published(shape, "sd")
 
     def outline(self, configs: Configs, dtype: torch.dtype, activation_checkpointing: bool) -> Outline:
         """The model without its numbers.

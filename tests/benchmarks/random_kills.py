@@ -1,57 +1,56 @@
 """Kill a run of two ranks at random moments, give the same command again each time, and compare with a run in peace.
 
-python tests/benchmarks/random_kills.py [KILLS]
+    python -m ds_inpaint.photos data/photos
+    python tests/benchmarks/random_kills.py [KILLS]
 
 GRPO with adapters and a moving average, and DPO whose reference moves, on the tiny models, with a checkpoint after
 every iteration. SIGKILL hits rank 0, rank 1, both, or the launcher; every fourth kill waits until a checkpoint is being
-written. At the end metrics (but clocks), weights, moments, slots and exports must be equal bit for bit. Needs
-data/photos.
+written. Then the run is asked to stop a few times, by SIGTERM. At the end metrics (but clocks), weights, moments, slots
+and exports must be equal bit for bit. Seconds are until all processes are gone; after the loss of a launcher that is
+seen to by the next command, which waits.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from run_helpers import DEEPSPEED, is_alive, rows
+
 ITERATIONS = 40
-DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 SHARED = [
     *("data.batch=2", f"run.iterations={ITERATIONS}", "evaluation.samples=8", "evaluation.every=4"),
     *("evaluation.pictures=2", "checkpoint.every=1", "checkpoint.keep=2"),
 ]
 RUNS = {
-    "grpo_sd, EMA, LoRA": [
-        *("recipes/tiny/grpo_sd.yaml", "ema.decay=0.9", "model.lora.rank=8", "engine.zero_stage=2"),
-    ],
+    "grpo_sd, EMA, LoRA": ["recipes/tiny/grpo_sd.yaml", "ema.decay=0.9", "model.lora.rank=8", "engine.zero_stage=2"],
     "dpo_flux, reference moved every 3 updates": ["recipes/tiny/dpo_flux.yaml", "algorithm.times_per_pair=1"],
 }
 VICTIMS = ("rank 0", "rank 1", "both", "launcher")
+ASKED = "asked to stop"
 
 
 def start(arguments: list[str], folder: Path) -> psutil.Popen:
+    """Give the command."""
     command = [DEEPSPEED, "--num_gpus", "2", "-m", "ds_inpaint.run", *arguments, *SHARED, f"run.dir={folder}"]
     with folder.with_suffix(".log").open("ab") as log:
         return psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
-def rows(folder: Path) -> list[dict]:
-    """The metrics without what a clock or the network decides."""
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    clocks = ("seconds/", "samples_per_second", "rewards/")
-    return [
-        {name: value for name, value in json.loads(line).items() if not name.startswith(clocks)}
-        for line in lines
-        if line.endswith("\n")
-    ]
+def finish(launcher: psutil.Popen, folder: Path) -> None:
+    """Wait until the run is done."""
+    assert launcher.wait(900) == 0, folder.with_suffix(".log").read_text()[-3000:]
 
 
 def ranks_of(launcher: psutil.Popen) -> dict[str, psutil.Process]:
@@ -62,78 +61,83 @@ def ranks_of(launcher: psutil.Popen) -> dict[str, psutil.Process]:
             words = process.cmdline()
         except psutil.Error:
             continue
-        found |= {f"rank {rank}": process for rank in (0, 1) if "-u" in words and f"--local_rank={rank}" in words}
+        found |= {f"rank {rank}": process for rank in (0, 1) if f"--local_rank={rank}" in words}
     return found
 
 
-def wait_for_moment(launcher: psutil.Popen, folder: Path, draws: random.Random, in_checkpoint: bool) -> bool:
-    """Wait for a random moment, or for a checkpoint that is being written; False if the run ended before."""
+def wait_for_moment(launcher: psutil.Popen, folder: Path, draws: random.Random, in_checkpoint: bool) -> list:
+    """Wait for a random moment, or for a checkpoint that is being written; returns the processes there are then."""
     already, further = len(rows(folder)), draws.choice((0, 1, 1, 2))
-    while launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE:
-        if in_checkpoint and list((folder / "checkpoints").glob("*.tmp")):
-            time.sleep(draws.uniform(0, 0.03))
-            return True
+    ranks: dict[str, psutil.Process] = {}
+    while is_alive(launcher):
+        if len(ranks) < 2:  # found beforehand, since looking for them takes longer than writing a checkpoint
+            ranks = ranks_of(launcher)
+        elif in_checkpoint and list((folder / "checkpoints").glob("*.tmp")):
+            time.sleep(draws.uniform(0, 0.01))
+            return [ranks, launcher.children(recursive=True)]
         if not in_checkpoint and len(rows(folder)) >= already + further:
             time.sleep(draws.uniform(0, 2.0 if further else 12.0))
-            return True
+            return [ranks_of(launcher), launcher.children(recursive=True)]
         time.sleep(0.001)
-    return False
+    raise SystemExit(f"The run ended before it could be disturbed; see {folder}.log, and give fewer kills.")
 
 
-def kill(launcher: psutil.Popen, victim: str) -> None:
-    ranks = ranks_of(launcher)
-    hit = (
-        {"both": list(ranks.values()), "launcher": [launcher]}.get(victim) or [ranks[victim]] if victim in ranks else []
-    )
-    for process in hit or [launcher]:
+def strike(launcher: psutil.Popen, victim: str, ranks: dict[str, psutil.Process]) -> str:
+    """Disturb the run; returns whom it really hit: the launcher, while no ranks are there yet."""
+    if victim == ASKED:
+        launcher.send_signal(signal.SIGTERM)
+        return victim
+    hit = {"launcher": [launcher], "both": [*ranks.values()], **{name: [rank] for name, rank in ranks.items()}}
+    if not hit.get(victim):
+        victim = "launcher"
+    for process in hit[victim]:
         process.kill()
+    return victim
 
 
-def digests(folder: Path) -> dict[str, str]:
+def disturb(arguments: list[str], folder: Path, kills: int) -> tuple[dict[str, list[float]], int]:
+    """Run to the end, disturbed; returns seconds until all was gone, by what was hit, and unfinished checkpoints."""
+    draws, seconds, drafts = random.Random(0), defaultdict(list), 0
+    for number in range(kills + max(1, kills // 5)):
+        launcher = start(arguments, folder)
+        ranks, everyone = wait_for_moment(launcher, folder, draws, in_checkpoint=number < kills and number % 4 == 3)
+        victim = strike(launcher, draws.choice(VICTIMS) if number < kills else ASKED, ranks)
+        struck = time.monotonic()
+        drafts += len(list((folder / "checkpoints").glob("*.tmp")))
+        code = launcher.wait(120)
+        # Asked while it still starts, a run ends by the signal itself.
+        assert victim != ASKED or code in (7, 128 + signal.SIGTERM), code
+        if victim != "launcher":
+            _, alive = psutil.wait_procs(everyone, timeout=60)
+            assert not alive, alive
+        seconds[victim].append(time.monotonic() - struck)
+    finish(start(arguments, folder), folder)
+    return seconds, drafts
+
+
+def digests(folder: Path) -> dict[str, str | bytes]:
     """SHA-256 of the last checkpoint's files, and the bytes of the exported weights."""
-    [last] = folder.glob(f"checkpoints/{ITERATIONS:06d}")
-    files = json.loads((last / "checkpoint.json").read_text())["files"]
+    files = json.loads((folder / "checkpoints" / f"{ITERATIONS:06d}" / "checkpoint.json").read_text())["files"]
     exported = {str(file.relative_to(folder)): file.read_bytes() for file in folder.glob("export/**/*.safetensors")}
     return {name: info["sha256"] for name, info in files.items()} | exported
 
 
-def disturb(arguments: list[str], folder: Path, kills: int) -> tuple[Counter[str], list[float], int]:
-    """Run to the end with so many kills; returns whom they hit, seconds until all was gone, and unfinished drafts."""
-    draws, hits, seconds, drafts = random.Random(0), Counter(), [], 0
-    while True:
-        launcher = start(arguments, folder)
-        if sum(hits.values()) == kills:
-            assert launcher.wait(600) == 0, folder.with_suffix(".log").read_text()[-3000:]
-            return hits, seconds, drafts
-        if not wait_for_moment(launcher, folder, draws, in_checkpoint=sum(hits.values()) % 4 == 3):
-            raise SystemExit(f"The run ended after {sum(hits.values())} kills; give fewer, or more iterations.")
-        victim = draws.choice(VICTIMS)
-        everyone = [launcher, *launcher.children(recursive=True)]
-        kill(launcher, victim)
-        killed = time.monotonic()
-        drafts += len(list((folder / "checkpoints").glob("*.tmp")))
-        hits[victim] += 1
-        if victim != "launcher":  # without it the next run waits for the ranks, which notice and leave
-            launcher.wait(120)
-            _, alive = psutil.wait_procs(everyone, timeout=60)
-            assert not alive, alive
-            seconds.append(time.monotonic() - killed)
-
-
 def main() -> None:
+    """Run each in peace and disturbed."""
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     with tempfile.TemporaryDirectory() as out:
         for number, (name, arguments) in enumerate(RUNS.items()):
             peace, war = Path(out) / f"peace{number}", Path(out) / f"war{number}"
-            assert start(arguments, peace).wait(600) == 0, peace.with_suffix(".log").read_text()[-3000:]
-            hits, seconds, drafts = disturb(arguments, war, kills)
+            finish(start(arguments, peace), peace)
+            seconds, drafts = disturb(arguments, war, kills)
+            print(f"{name}: {kills} kills, {drafts} with a checkpoint left half-written")
+            for victim, each in sorted(seconds.items()):
+                told = "" if victim == "launcher" else f", gone after {sorted(each)[len(each) // 2]:.1f} s, at most "
+                print(f"  {victim}: {len(each)} times{told}{f'{max(each):.1f} s' if told else ''}")
             same_rows, same_weights = rows(peace) == rows(war), digests(peace) == digests(war)
+            print(f"  metrics of {len(rows(war))} rows {'equal' if same_rows else 'DIFFER'}")
             print(
-                f"{name}: {kills} kills ({', '.join(f'{who} {count}' for who, count in sorted(hits.items()))}; "
-                f"{drafts} in the middle of a checkpoint); all processes gone after at most {max(seconds):.1f} s; "
-                f"metrics of {len(rows(war))} rows {'equal' if same_rows else 'DIFFER'}, weights, moments, slots and "
-                f"export {'equal bit for bit' if same_weights else 'DIFFER'}",
-                flush=True,
+                f"  weights, moments, slots and export {'equal bit for bit' if same_weights else 'DIFFER'}", flush=True
             )
             assert same_rows
             assert same_weights
