@@ -105,8 +105,8 @@ def supervise(command: Sequence[str]) -> int:
     launched.append(running)
     if heard:
         pass_on(heard[0], None)
-    code = int(running.wait())
-    killed_by = 256 - code if 256 - code in signal.valid_signals() else 0  # DeepSpeed exits with minus the number
+    code = int(running.wait()) % 256  # a signal is told as minus its number, by the system and by DeepSpeed
+    killed_by = 256 - code if 256 - code in signal.valid_signals() else 0
     if heard:
         return 128 + heard[0] if killed_by or code == 1 else code
     if killed_by:

@@ -161,3 +161,21 @@ def test_a_signal_ends_the_ranks_too(launched):
     jobs["wait"].send_signal(signal.SIGTERM)
     assert jobs["wait"].wait(timeout=60) == 128 + signal.SIGTERM
     assert not any(psutil.pid_exists(seen["pid"]) for seen in ranks)
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        ("import sys; sys.exit(3)", 3),
+        ("import sys; sys.exit(-9)", 128 + signal.SIGKILL),  # as DeepSpeed tells of a rank
+        ("import os; os.kill(os.getpid(), 15)", 128 + signal.SIGTERM),
+        ("import os, time; os.kill(os.getppid(), 15); time.sleep(60)", 128 + signal.SIGTERM),
+    ],
+)
+def test_exit_codes_are_those_that_shells_expect(program, code):
+    supervised = f"""
+import sys
+from ds_inpaint import launcher
+sys.exit(launcher.supervise([sys.executable, "-c", {program!r}]))
+"""
+    assert subprocess.run([sys.executable, "-c", supervised], timeout=60).returncode == code
