@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from run_helpers import DEEPSPEED, is_alive, rows
 
-ITERATIONS = 40
+ITERATIONS = 80
 SHARED = [
     *("data.batch=2", f"run.iterations={ITERATIONS}", "evaluation.samples=8", "evaluation.every=4"),
     *("evaluation.pictures=2", "checkpoint.every=1", "checkpoint.keep=2"),
