@@ -171,6 +171,7 @@ class Rollout:
         record: Sequence[int] = (),
         focus: Callable[[Tensor], Focus] = lambda holes_n1HW: EVERYWHERE,
         same_start: bool = False,
+        keep_graphs: bool = False,
     ) -> Generated:
         """Generate this rank's samples; each micro-batch is scored while the next ones are made, and after.
 
@@ -184,6 +185,7 @@ class Rollout:
             record: sampler steps to keep for training, ascending.
             focus: where to draw noise and take log-probs, given the micro-batch's holes, bool [n, 1, H, W].
             same_start: whether a group starts from one initial noise.
+            keep_graphs: whether the predictions of recorded steps keep their graphs; only in ``graphs_kept()``.
         """
         started = time.perf_counter()
         plan = prepared.micro_batches(self.micro_batch)
@@ -194,7 +196,7 @@ class Rollout:
         def chunk_of(numbers: tuple[int, ...]) -> Chunk:
             self.ranks.stop_if_asked()
             noise = self._noise(numbers, purpose, iteration, prepared.group_size if same_start else 1)
-            chunk = self._generate(prepared, numbers, noise, record, focus)
+            chunk = self._generate(prepared, numbers, noise, record, focus, keep_graphs)
             rows_n = prepared.rows_n(numbers)
             names = [
                 f"{prepared.batch.ids[row]}#{number}" for row, number in zip(rows_n.tolist(), numbers, strict=True)
@@ -258,12 +260,13 @@ class Rollout:
         noise_nTCHW: Tensor,
         record: Sequence[int],
         focus: Callable[[Tensor], Focus],
+        keep_graphs: bool,
     ) -> Chunk:
         device, rows_n = self.ranks.device, prepared.rows_n(numbers)
         given = prepared.condition.rows(rows_n.to(device))
         images, holes = prepared.batch.images_BCHW[rows_n].to(device), prepared.batch.holes_B1HW[rows_n].to(device)
-        focused = focus(holes)
-        walked = walk(self.policy, self.schedule, given, noise_nTCHW.to(device), record=record, focus=focused)
+        focused, noise = focus(holes), noise_nTCHW.to(device)
+        walked = walk(self.policy, self.schedule, given, noise, record=record, focus=focused, keep_graphs=keep_graphs)
         decoded = self.policy.decode(walked.end_nCHW)
         raw = to_bytes(decoded)
         return Chunk(

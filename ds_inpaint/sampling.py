@@ -38,6 +38,8 @@ class Trajectory:
     """Latents after it."""
     log_probs_nK: Tensor
     end_nCHW: Tensor
+    predictions: tuple[Tensor, ...]
+    """Predictions [n, C, H, W] at the recorded steps with their graphs, if these were kept; else none."""
 
 
 @torch.no_grad()
@@ -49,6 +51,7 @@ def walk(
     *,
     record: Sequence[int] = (),
     focus: Focus = EVERYWHERE,
+    keep_graphs: bool = False,
 ) -> Trajectory:
     """Sample n images' latents, all steps, with classifier-free guidance where the family has it.
 
@@ -59,13 +62,17 @@ def walk(
         noise_nTCHW: [n, T + 1, C, H, W], unit noise: the start, then that of each step.
         record: sampler steps to keep, ascending.
         focus: where noise is drawn and log-probs are taken.
+        keep_graphs: whether the predictions at the recorded steps are kept for a backward of each.
     """
     latents = noise_nTCHW[:, 0]
-    before, after, log_probs = [], [], []
+    before, after, log_probs, predictions = [], [], [], []
     for step in range(len(schedule.times_T)):
-        prediction = policy.predict(latents, schedule.times_N(step, latents), condition, guided=True)
-        transition = schedule.transition(prediction, latents, step, focus)
+        with torch.set_grad_enabled(keep_graphs and step in record):
+            prediction = policy.predict(latents, schedule.times_N(step, latents), condition, guided=True)
+        transition = schedule.transition(prediction.detach(), latents, step, focus)
         following = transition.sample(noise_nTCHW[:, step + 1])
+        if prediction.requires_grad:
+            predictions.append(prediction)
         if step in record:
             before.append(latents)
             after.append(following)
@@ -76,6 +83,7 @@ def walk(
         _stack(after, latents),
         torch.stack(log_probs, 1) if log_probs else latents.new_zeros(len(latents), 0),
         latents,
+        tuple(predictions),
     )
 
 

@@ -166,6 +166,21 @@ def test_wrong_orders_of_calls_are_refused(found, name):
         assert guards["rollout_after_backward"] == guards["step"] == "nothing was raised"
 
 
+@pytest.mark.parametrize("name", FP32_NAMES)
+def test_graphs_wait_for_their_backwards_where_gradients_stay_exact(found, name):
+    for rank in found:
+        kept = rank["kept_graphs"][name]
+        if not SECTIONS[name].graphs_may_wait:
+            assert kept == {
+                "refused": "graphs_kept() in ZeRO-3, where DeepSpeed drops the gradients of graphs that wait."
+            }
+            continue
+        assert kept.get("error", 0) < 1e-6
+        assert kept["step_within"] == kept["step_early"] == rank["guards"]["zero0"]["forward_step"]
+        assert kept["forward_after"] == rank["guards"]["zero0"]["forward_forward"]
+        assert "without a forward" in kept["one_too_many"]
+
+
 @pytest.mark.parametrize("name", SECTIONS)
 def test_slot_swaps_in_and_out_bit_for_bit(found, name):
     for rank in found:

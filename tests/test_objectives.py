@@ -1,4 +1,4 @@
-"""The losses of DPO and SFT on small models of both families, against independent computations."""
+"""The losses of the algorithms on small models of both families, against independent computations."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from plain import FormulaRewards, plain_policy, plain_rollout
 from torch.distributions import Normal
 
+from ds_inpaint.adapters import LoRA
 from ds_inpaint.algorithms.dpo import DPO
 from ds_inpaint.algorithms.grpo import GRPO
 from ds_inpaint.algorithms.sft import SFT
@@ -250,6 +251,59 @@ def test_grpo_tells_the_size_of_its_predictions(rollout, triples, family):
                 sizes.append(rollout.policy.predict(latents_CHW[None], time, given, guided=True).norm().item())
     dimensions = math.prod(rollout.latent_shape)
     assert told == pytest.approx(sum(sizes) / len(sizes) / dimensions**0.5, rel=1e-4)
+
+
+def gradients(rollout, triples, algorithm, iteration):
+    """Of each trained weight, with what the update reports and how often the network was asked for it."""
+    policy = rollout.policy
+    [steps] = algorithm.collect(triples, iteration, rollout, BRIGHT).updates
+    collected = policy.denoiser.calls
+    losses = [algorithm.loss(policy, step) for step in steps]
+    for loss in losses:
+        loss.value.backward()
+    trained = {name: weight for name, weight in policy.denoiser.module.named_parameters() if weight.requires_grad}
+    found = {name: weight.grad.clone() for name, weight in trained.items()}
+    policy.denoiser.module.zero_grad()
+    return found, losses, policy.denoiser.calls - collected
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "kept"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"hole_aware": "log_prob", "kl_weight": 10.0},
+        {"hole_aware": "noise", "kl_weight": 1.0, "kl_form": "prediction"},
+    ],
+    ids=["plain", "log_prob", "noise"],
+)
+def test_lean_gradients_are_the_native_ones_bit_for_bit(family, triples, keys, checkpointing, lora, request):
+    folder = str(request.getfixturevalue({"sd": "small_model", "flux": "small_flux"}[family]))
+    model = SD(folder, lora=lora) if family == "sd" else Flux(folder, text_tokens=16, lora=lora)
+    policy = plain_policy(model, checkpointing)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in policy.denoiser.module.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape) * weight.abs().mean().clamp(min=0.01))
+    noisy = plain_rollout(policy, DDIM(3, 1.0) if family == "sd" else FlowSDE(3))
+    native, lean = (GRPO(group_size=4, trained_steps=2, lean=lean, **keys) for lean in (False, True))
+    wanted, wanted_losses, forwards = gradients(noisy, triples, native, iteration=1)
+    found, losses, lean_forwards = gradients(noisy, triples, lean, iteration=1)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert any(gradient.abs().max() > 0 for gradient in wanted.values())
+    assert (forwards, lean_forwards) == (4, 0)
+    for loss, wanted_loss in zip(losses, wanted_losses, strict=True):
+        assert loss.maxima["ratio/max_deviation"] == 0
+        assert loss.shares == wanted_loss.shares
+        assert loss.shares.get("kl", 1) > 0
+
+
+def test_the_first_iteration_repeats_its_forwards_for_the_doctor(rollout, triples, family):
+    noisy = plain_rollout(rollout.policy, DDIM(3, 1.0) if family == "sd" else FlowSDE(3))
+    lean = GRPO(group_size=4, trained_steps=2, lean=True)
+    assert [gradients(noisy, triples, lean, iteration)[2] for iteration in (0, 1)] == [4, 0]
 
 
 def test_prompts_are_dropped_at_the_rate_asked_for(triples):

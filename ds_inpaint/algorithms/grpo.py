@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from ds_inpaint.regions import EVERYWHERE, Focus, latent_holes, mean_N, rms_N
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Chunk, Rollout
 from ds_inpaint.values import Condition, Experiences, Loss, Policy, Sampler, Triple
+from ds_inpaint.zero_config import EngineSection
 
 DOCTOR_SHARE = 0.1
 """A deviation of the first ratios from 1 above this share of the clip range stops the run."""
@@ -42,6 +44,8 @@ class TrainedStep:
     """Weight of each sample in the global mean over valid samples and trained steps."""
     reference_nCHW: Tensor | None
     """Prediction of the reference policy, when a KL penalty needs it."""
+    prediction_nCHW: Tensor | None
+    """Prediction of the rollout with its graph, when that was kept."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,19 @@ class GRPO:
     updates_per_rollout: int = key(
         1, "Optimizer steps per rollout; from the second on, the samples are slightly off-policy.", at_least=1
     )
+    lean: bool = key(
+        False,
+        "Keep the rollout's graphs of the trained steps for the update, which then repeats no forward: the same "
+        "gradients for the memory of all those activations at once. Needs engine.zero_stage 0, 1 or 2.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.lean and self.updates_per_rollout > 1:
+            raise Impossible(
+                "lean",
+                f"true with updates_per_rollout={self.updates_per_rollout} would give later updates the gradients of "
+                f"weights that are gone. Set updates_per_rollout: 1, or lean: false.",
+            )
 
     @property
     def uses_reference(self) -> bool:
@@ -121,14 +138,21 @@ class GRPO:
         """Samples of a group may lie on different ranks; only their rewards must meet."""
         return self.group_size
 
-    def check(self, sampler: Sampler) -> None:
-        """Raise Impossible when the sampler has fewer trainable steps than are asked for."""
+    def check(self, sampler: Sampler, engine: EngineSection) -> None:
+        """Raise Impossible when the sampler has too few trainable steps, or the engine cannot keep graphs."""
         if self.trained_steps > len(sampler.trainable_steps):
             raise Impossible(
                 "algorithm.trained_steps",
                 f"{self.trained_steps} steps are to be trained, but the sampler has {len(sampler.trainable_steps)} "
                 f"trainable ones (those that draw noise, without the last). Train fewer, or give the sampler more "
                 f"steps or noise.",
+            )
+        if self.lean and not engine.graphs_may_wait:
+            raise Impossible(
+                "algorithm.lean",
+                f"true with engine.zero_stage={engine.zero_stage}, where DeepSpeed drops the gradients of forwards "
+                f"that wait for their backward. Set engine.zero_stage to 0, 1 or 2 if the weights fit a GPU, or "
+                f"lean: false.",
             )
 
     def collect(
@@ -137,17 +161,21 @@ class GRPO:
         """Sample and score every group, and judge each sample against its own group."""
         steps = self._choose_steps(rollout, iteration)
         parts = rollout.share(len(triples) * self.group_size, self.updates_per_rollout)
-        generated = rollout.generate(
-            rollout.prepare(triples, self.group_size, parts),
-            rewards,
-            purpose="rollout",
-            iteration=iteration,
-            record=steps,
-            focus=lambda holes_n1HW: self._focus(holes_n1HW, rollout.latent_shape),
-            same_start=self.same_start,
-        )
-        references = self._reference_predictions(generated.chunks, steps, rollout)
-        rollouts = rollout.collect(rewards, generated)
+        # The first update of a run repeats its forwards, so that the doctor sees two of each.
+        lean = self.lean and iteration > 0
+        with rollout.policy.denoiser.graphs_kept() if lean else nullcontext():
+            generated = rollout.generate(
+                rollout.prepare(triples, self.group_size, parts),
+                rewards,
+                purpose="rollout",
+                iteration=iteration,
+                record=steps,
+                focus=lambda holes_n1HW: self._focus(holes_n1HW, rollout.latent_shape),
+                same_start=self.same_start,
+                keep_graphs=lean,
+            )
+            references = self._reference_predictions(generated.chunks, steps, rollout)
+            rollouts = rollout.collect(rewards, generated)
         judgement = rewards.recipe.judge(rollouts.scores, rollouts.areas_N, self.group_size)
         advantages = group_relative(
             judgement, self.group_size, self.advantage_spread, self.advantage_eps, self.advantage_bound
@@ -166,10 +194,15 @@ class GRPO:
         return Experiences(updates, {**metrics, **rollouts.metrics})
 
     def loss(self, policy: Policy, experience: TrainedStep) -> Loss:
-        """Clipped policy gradient of one step of one micro-batch, plus the KL penalty."""
+        """Clipped policy gradient of one step of one micro-batch, plus the KL penalty.
+
+        On a kept graph the ratio is 1, and so the gradient -A * grad log-prob (LeanGRPO's Retain, 2609.03528).
+        """
         e = experience
-        times_n = e.schedule.times_N(e.step, e.latents_nCHW)
-        prediction = policy.predict(e.latents_nCHW, times_n, e.condition, guided=True)
+        prediction = e.prediction_nCHW
+        if prediction is None:
+            times_n = e.schedule.times_N(e.step, e.latents_nCHW)
+            prediction = policy.predict(e.latents_nCHW, times_n, e.condition, guided=True)
         transition = e.schedule.transition(prediction, e.latents_nCHW, e.step, e.focus)
         ratio_n = importance_ratio(transition.log_prob_N(e.next_nCHW), e.old_log_probs_n)
         loss_n = clipped_surrogate(ratio_n, e.advantages_n, self.clip_range)
@@ -265,4 +298,5 @@ class GRPO:
             advantages_n=advantages.advantages_N[samples].to(device),
             shares_n=(advantages.weights_N[samples] / count.clamp(min=1)).to(device),
             reference_nCHW=references[chunk.samples][:, column] if references else None,
+            prediction_nCHW=chunk.trajectory.predictions[column] if chunk.trajectory.predictions else None,
         )
