@@ -171,12 +171,11 @@ def test_graphs_wait_for_their_backwards_where_gradients_stay_exact(found, name)
     for rank in found:
         kept = rank["kept_graphs"][name]
         if not SECTIONS[name].graphs_may_wait:
-            assert kept == {
-                "refused": "graphs_kept() in ZeRO-3, where DeepSpeed drops the gradients of graphs that wait."
-            }
+            assert kept["refused"].startswith("graphs_kept() in ZeRO-3, where DeepSpeed drops the gradients")
             continue
         assert kept.get("error", 0) < 1e-6
         assert kept["step_within"] == kept["step_early"] == rank["guards"]["zero0"]["forward_step"]
+        assert kept["given_up"] == "nothing was raised"
         assert kept["forward_after"] == rank["guards"]["zero0"]["forward_forward"]
         assert "without a forward" in kept["one_too_many"]
 
