@@ -306,6 +306,47 @@ def test_the_first_iteration_repeats_its_forwards_for_the_doctor(rollout, triple
     assert [gradients(noisy, triples, lean, iteration)[2] for iteration in (0, 1)] == [4, 0]
 
 
+@pytest.mark.parametrize("hole_aware", ["none", "noise"])
+def test_only_the_window_draws_noise(rollout, triples, family, hole_aware):
+    """A group that starts from one noise is one image up to the window, and different ones after it."""
+    noisy = plain_rollout(rollout.policy, DDIM(6, 1.0) if family == "sd" else FlowSDE(6))
+    algorithm = GRPO(
+        group_size=4,
+        trained_steps=2,
+        window="progressive",
+        window_every=1,
+        noisy_steps="trained",
+        same_start=True,
+        hole_aware=hole_aware,
+    )
+    [steps] = algorithm.collect(triples, 2, noisy, BRIGHT).updates
+    assert [step.step for step in steps] == [2, 3] * 2
+    for first, second in (steps[:2], steps[2:]):
+        assert [step.std > 0 for step in first.schedule.steps] == [False, False, True, True, False, False]
+        torch.testing.assert_close(first.latents_nCHW, first.latents_nCHW[:1].expand(4, -1, -1, -1))
+        assert torch.equal(first.next_nCHW, second.latents_nCHW)
+        assert (first.next_nCHW[1:] - first.next_nCHW[0]).abs().amax((1, 2, 3)).min() > 0.1
+        assert algorithm.loss(rollout.policy, first).maxima["ratio/max_deviation"] == 0
+        assert algorithm.loss(rollout.policy, second).maxima["ratio/max_deviation"] == 0
+
+
+def windows(rollout, family, count, steps=7, **keys):
+    """The first and last trained step of some iterations."""
+    noisy = plain_rollout(rollout.policy, DDIM(steps, 1.0) if family == "sd" else FlowSDE(steps))
+    chosen = [GRPO(trained_steps=3, **keys)._choose_steps(noisy, iteration) for iteration in range(count)]
+    assert all(each == [each[0], each[0] + 1, each[0] + 2] for each in chosen)
+    return [each[0] for each in chosen]
+
+
+def test_windows_move_as_asked(rollout, family):
+    assert windows(rollout, family, 9, window="progressive", window_every=2) == [0, 0, 1, 1, 2, 2, 3, 3, 0]
+    assert windows(rollout, family, 4, window="progressive", window_every=1, window_stride=2) == [0, 2, 3, 0]
+    assert windows(rollout, family, 3, window="progressive", window_every=1, step_fraction=0.0) == [0, 0, 0]
+    drawn = windows(rollout, family, 400, window="random")
+    assert all(60 < drawn.count(first) < 140 for first in range(4))
+    assert set(windows(rollout, family, 50, window="random", step_fraction=0.6)) == {0, 1}
+
+
 def test_prompts_are_dropped_at_the_rate_asked_for(triples):
     def shown(iteration, dropout=0.3):
         algorithm = SFT(prompt_dropout=dropout)

@@ -22,6 +22,7 @@ QUICK = ["data.size=32", "run.iterations=2", "evaluation.samples=2"]
 SGD = ["optimizer.name=sgd", "optimizer.learning_rate=0.05", "optimizer.weight_decay=0"]
 LORA = [*SGD, "optimizer.learning_rate=1.0", "model.lora.rank=4"]
 LEAN = ["algorithm.lean=true"]
+WINDOW = ["algorithm.window=progressive", "algorithm.window_every=1", "algorithm.noisy_steps=trained"]
 KL_IN_HOLE = [*SGD, "algorithm.kl_weight=1.0", "algorithm.hole_aware=noise", "engine.zero_stage=2"]
 BF16 = ["engine.precision=bf16", "run.iterations=1"]
 PREPARED = {
@@ -58,6 +59,7 @@ TWO_RANKS = {
     "flux_lean_lora": ("grpo_flux", [*LORA, *LEAN, "engine.zero_stage=2"]),
     "flux_kl_zero2": ("grpo_flux", KL_IN_HOLE),
     "flux_kl_lean": ("grpo_flux", [*KL_IN_HOLE, *LEAN]),
+    **{f"{family}_window": (f"grpo_{family}", [*SGD, *WINDOW]) for family in ("sd", "flux")},
     "flux_cps": ("grpo_flux", ["sampler={name: cps, steps: 4}", "run.iterations=1"]),
     "flux_dance": ("grpo_flux", ["sampler={name: dance_sde, steps: 4}", "run.iterations=1"]),
     "flux_dpo": ("dpo_flux", [*SGD, "algorithm.sampled_by=reference", "run.iterations=3"]),
@@ -78,7 +80,7 @@ TWO_RANKS = {
 }
 """Recipe and overrides of each run."""
 TWINS = (
-    *("sd_lora_zero2", "sd_dpo", "sd_sft"),
+    *("sd_lora_zero2", "sd_dpo", "sd_sft", "sd_window", "flux_window"),
     *("flux_zero3", "flux_lora_zero2", "flux_dpo", "flux_sft", "flux_aspects"),
 )
 ONE_RANK = {

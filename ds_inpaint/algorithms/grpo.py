@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +63,20 @@ class GRPO:
         "Share of the sampler's steps, noisiest first, that K are drawn from each iteration; 0 takes the first K.",
         at_least=0,
         at_most=1,
+    )
+    window: str = key(
+        "none",
+        "`none` draws the K steps one by one; else they follow each other: `random` draws where they begin, "
+        "`progressive` begins with the noisiest and moves on (MixGRPO).",
+        choices=("none", "random", "progressive"),
+    )
+    window_every: int = key(25, "Iterations from one move of a progressive window to the next.", at_least=1)
+    window_stride: int = key(1, "Steps that a progressive window moves by; behind the last it begins anew.", at_least=1)
+    noisy_steps: str = key(
+        "all",
+        "Steps that draw the sampler's noise: `all`, or the `trained` ones, so that what the reward tells apart is "
+        "theirs; the others are deterministic.",
+        choices=("all", "trained"),
     )
     clip_range: float = key(
         1e-4,
@@ -160,6 +174,8 @@ class GRPO:
     ) -> Experiences[TrainedStep]:
         """Sample and score every group, and judge each sample against its own group."""
         steps = self._choose_steps(rollout, iteration)
+        if self.noisy_steps == "trained":
+            rollout = replace(rollout, schedule=rollout.schedule.noisy_only_at(steps))
         parts = rollout.share(len(triples) * self.group_size, self.updates_per_rollout)
         # The first update of a run repeats its forwards, so that the doctor sees two of each.
         lean = self.lean and iteration > 0
@@ -247,8 +263,18 @@ class GRPO:
         """K steps, the same for all samples: groups that differ in them cannot be compared."""
         trainable = rollout.schedule.trainable_steps
         allowed = trainable[: max(self.trained_steps, math.ceil(self.step_fraction * len(trainable)))]
+        if self.window != "none":
+            first = self._window_start(len(allowed) - self.trained_steps, rollout.seed, iteration)
+            return list(allowed[first : first + self.trained_steps])
         draw = torch.randperm(len(allowed), generator=generator(rollout.seed, "trained steps", iteration))
         return sorted(allowed[index] for index in draw[: self.trained_steps].tolist())
+
+    def _window_start(self, last: int, seed: int, iteration: int) -> int:
+        """Where the window begins, 0 to ``last``, both of which a progressive one visits (2507.21802)."""
+        if self.window == "random":
+            return int(torch.randint(last + 1, (), generator=generator(seed, "window", iteration)))
+        places = math.ceil(last / self.window_stride) + 1
+        return min(iteration // self.window_every % places * self.window_stride, last)
 
     def _focus(self, holes_n1HW: Tensor, latent_shape: tuple[int, ...]) -> Focus:
         if self.hole_aware == "none":
