@@ -52,8 +52,9 @@ def walk(
     record: Sequence[int] = (),
     focus: Focus = EVERYWHERE,
     keep_graphs: bool = False,
+    steps: slice = slice(None),
 ) -> Trajectory:
-    """Sample n images' latents, all steps, with classifier-free guidance where the family has it.
+    """Sample n images' latents, with classifier-free guidance where the family has it.
 
     Args:
         policy: whose denoiser is asked.
@@ -63,10 +64,11 @@ def walk(
         record: sampler steps to keep, ascending.
         focus: where noise is drawn and log-probs are taken.
         keep_graphs: whether the predictions at the recorded steps are kept for a backward of each.
+        steps: those of the sampler to take; the start is where the first of them begins.
     """
     latents = noise_nTCHW[:, 0]
     before, after, log_probs, predictions = [], [], [], []
-    for step in range(len(schedule.times_T)):
+    for step in range(len(schedule.times_T))[steps]:
         with torch.set_grad_enabled(keep_graphs and step in record):
             prediction = policy.predict(latents, schedule.times_N(step, latents), condition, guided=True)
         transition = schedule.transition(prediction.detach(), latents, step, focus)

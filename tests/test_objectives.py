@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from ds_inpaint.algorithms.dpo import DPO
 from ds_inpaint.algorithms.grpo import GRPO
 from ds_inpaint.algorithms.sft import SFT
 from ds_inpaint.data import load
+from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import UntrustworthyUpdate
 from ds_inpaint.framing import Framing
 from ds_inpaint.models.flux import Flux
@@ -319,15 +322,35 @@ def test_only_the_window_draws_noise(rollout, triples, family, hole_aware):
         same_start=True,
         hole_aware=hole_aware,
     )
+    before = rollout.policy.denoiser.calls
     [steps] = algorithm.collect(triples, 2, noisy, BRIGHT).updates
+    # Two steps of each group alone, then four of its four samples together.
+    assert rollout.policy.denoiser.calls - before == 2 * (2 + 4)
     assert [step.step for step in steps] == [2, 3] * 2
     for first, second in (steps[:2], steps[2:]):
         assert [step.std > 0 for step in first.schedule.steps] == [False, False, True, True, False, False]
-        torch.testing.assert_close(first.latents_nCHW, first.latents_nCHW[:1].expand(4, -1, -1, -1))
+        assert torch.equal(first.latents_nCHW, first.latents_nCHW[:1].expand(4, -1, -1, -1))
         assert torch.equal(first.next_nCHW, second.latents_nCHW)
         assert (first.next_nCHW[1:] - first.next_nCHW[0]).abs().amax((1, 2, 3)).min() > 0.1
         assert algorithm.loss(rollout.policy, first).maxima["ratio/max_deviation"] == 0
         assert algorithm.loss(rollout.policy, second).maxima["ratio/max_deviation"] == 0
+
+
+@torch.no_grad()
+def test_shared_steps_are_those_that_every_sample_would_have_taken(rollout, triples, family):
+    noisy = plain_rollout(rollout.policy, DDIM(6, 1.0) if family == "sd" else FlowSDE(6))
+    noisy = replace(noisy, schedule=noisy.schedule.noisy_only_at([3]))
+    prepared = noisy.prepare(triples, 4, noisy.share(8))
+
+    def ends(shared_steps):
+        settings = {"purpose": "rollout", "iteration": 1, "same_start": True, "shared_steps": shared_steps}
+        return torch.cat([chunk.trajectory.end_nCHW for chunk in noisy.generate(prepared, BRIGHT, **settings).chunks])
+
+    torch.testing.assert_close(ends(3), ends(0), rtol=1e-4, atol=1e-4)
+    calls = noisy.policy.denoiser.calls
+    with patch.object(Ranks, "max", lambda self, values: torch.tensor(5)):  # another rank has five groups
+        ends(3)
+    assert noisy.policy.denoiser.calls - calls == 5 * 3 + 2 * 3
 
 
 def windows(rollout, family, count, steps=7, **keys):

@@ -50,9 +50,10 @@ optimizer:
 BROKEN = {
     "unknown key": (
         ("  group_size: 4", "  gruop_size: 4"),
-        "grpo.yaml:18: algorithm.gruop_size: unknown key. Allowed here: group_size, trained_steps, step_fraction, window, "
-        "window_every, window_stride, noisy_steps, clip_range, hole_aware, hole_dilation, same_start, advantage_spread, "
-        "advantage_bound, advantage_eps, kl_weight, kl_form, updates_per_rollout, lean. Did you mean group_size?",
+        "grpo.yaml:18: algorithm.gruop_size: unknown key. Allowed here: group_size, trained_steps, step_fraction, "
+        "window, window_every, window_stride, noisy_steps, clip_range, hole_aware, hole_dilation, same_start, "
+        "advantage_spread, advantage_bound, advantage_eps, kl_weight, kl_form, updates_per_rollout, lean. "
+        "Did you mean group_size?",
     ),
     "unknown section": (
         ("optimizer:", "optimiser:"),

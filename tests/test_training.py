@@ -22,7 +22,10 @@ QUICK = ["data.size=32", "run.iterations=2", "evaluation.samples=2"]
 SGD = ["optimizer.name=sgd", "optimizer.learning_rate=0.05", "optimizer.weight_decay=0"]
 LORA = [*SGD, "optimizer.learning_rate=1.0", "model.lora.rank=4"]
 LEAN = ["algorithm.lean=true"]
-WINDOW = ["algorithm.window=progressive", "algorithm.window_every=1", "algorithm.noisy_steps=trained"]
+WINDOW = [
+    *("algorithm.window=progressive", "algorithm.window_every=1", "algorithm.noisy_steps=trained"),
+    "algorithm.same_start=true",
+]
 KL_IN_HOLE = [*SGD, "algorithm.kl_weight=1.0", "algorithm.hole_aware=noise", "engine.zero_stage=2"]
 BF16 = ["engine.precision=bf16", "run.iterations=1"]
 PREPARED = {

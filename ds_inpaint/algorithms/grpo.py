@@ -75,7 +75,8 @@ class GRPO:
     noisy_steps: str = key(
         "all",
         "Steps that draw the sampler's noise: `all`, or the `trained` ones, so that what the reward tells apart is "
-        "theirs; the others are deterministic.",
+        "theirs; the others are deterministic. With same_start a group is one sample up to the first of them, and its "
+        "steps are made once (Flow-GRPO-Fast).",
         choices=("all", "trained"),
     )
     clip_range: float = key(
@@ -188,6 +189,7 @@ class GRPO:
                 record=steps,
                 focus=lambda holes_n1HW: self._focus(holes_n1HW, rollout.latent_shape),
                 same_start=self.same_start,
+                shared_steps=steps[0] if self.same_start and self.noisy_steps == "trained" else 0,
                 keep_graphs=lean,
             )
             references = self._reference_predictions(generated.chunks, steps, rollout)
