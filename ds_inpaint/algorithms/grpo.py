@@ -121,8 +121,8 @@ class GRPO:
     )
     lean: bool = key(
         False,
-        "Keep the rollout's graphs of the trained steps for the update, which then repeats no forward: the same "
-        "gradients for the memory of all those activations at once. Needs engine.zero_stage 0, 1 or 2.",
+        "From the second iteration on, keep the rollout's graphs of the trained steps for the update, which then "
+        "repeats no forward: the same gradients, but all those activations in memory at once. Not with ZeRO-3.",
     )
 
     def __post_init__(self) -> None:
