@@ -9,6 +9,7 @@ from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Rollout
 from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
 from ds_inpaint.workload import Deal, Workload
+from ds_inpaint.zero_config import EngineSection
 
 
 class Algorithm(Protocol):
@@ -39,8 +40,8 @@ class Algorithm(Protocol):
         """Updates after which the reference is set to the policy's weights again; 0 never does."""
         ...
 
-    def check(self, sampler: Sampler) -> None:
-        """Raise Impossible where recipe keys of the algorithm and the sampler cannot go together."""
+    def check(self, sampler: Sampler, engine: EngineSection) -> None:
+        """Raise Impossible where recipe keys of the algorithm and those of sampler or engine cannot go together."""
         ...
 
     def workload(self, deal: Deal) -> Workload:
@@ -54,7 +55,7 @@ class Algorithm(Protocol):
         ...
 
     def loss(self, policy: Policy, experience: Any) -> Loss:
-        """One forward with gradients, and what it adds to the update."""
+        """One forward with gradients, made here or kept from ``collect``, and what it adds to the update."""
         ...
 
     def doctor(self, metrics: dict[str, float]) -> None:

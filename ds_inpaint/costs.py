@@ -18,14 +18,14 @@ from ds_inpaint.values import Batch, Condition
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a part of a model: ``predict``, ``decode`` or ``encode``."""
+    """One call of a part of a model: ``predict``, ``decode`` or ``encode``; ``graph`` predicts without a backward."""
 
     kind: str
     count: int
     """Samples or images in it."""
     guided: bool = False
     trained: bool = False
-    """Whether a backward follows."""
+    """Whether gradients are wanted."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,12 @@ class Costs:
             return lambda: policy.encode_images(images_NCHW)
         latents_NCHW, times_N, condition = self._latents(count), _times(count), self._condition(count)
 
-        def predict() -> None:
+        def predict() -> Tensor:
             with torch.set_grad_enabled(call.trained):
                 prediction = policy.predict(latents_NCHW, times_N, condition, guided=call.guided)
-            if call.trained:
+            if call.trained and call.kind == "predict":
                 torch.autograd.backward(prediction.square().mean())
+            return prediction
 
         return predict
 

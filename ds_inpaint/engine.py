@@ -51,8 +51,9 @@ class Engine:
     """A module in training on all ranks.
 
     The order of calls is forward, backward, forward, backward, ..., step. Forwards under
-    ``torch.no_grad()`` may come anywhere but between a forward and its backward. All methods are
-    collective: every rank makes the same calls in the same order.
+    ``torch.no_grad()`` may come anywhere but between a forward and its backward. ``graphs_kept()``
+    lifts both rules where DeepSpeed's gradients stay exact. All methods are collective: every rank
+    makes the same calls in the same order.
     """
 
     def __init__(
@@ -77,9 +78,10 @@ class Engine:
             ema: kept as slot ``"ema"`` in fp32, from the starting weights on.
         """
         self.ranks = ranks
-        self._stage = section.zero_stage
+        self._section = section
         self._ema = ema
-        self._pending = False
+        self._waiting = 0
+        self._keeping = False
         self._swapped = False
         self._backwards = 0
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -108,7 +110,7 @@ class Engine:
             RuntimeError: the previous forward with gradients still waits for its backward, or this
                 one wants gradients while a weight slot is swapped in.
         """
-        if self._pending:
+        if self._waiting and not self._keeping:
             raise RuntimeError(
                 "Engine called while an earlier forward waits for its backward: DeepSpeed would drop that "
                 "gradient. Call backward() first, or join both inputs along the batch axis."
@@ -117,7 +119,7 @@ class Engine:
         if wants_grad and self._swapped:
             raise RuntimeError("A weight slot is not trained: call the engine under torch.no_grad() in weights().")
         output = self._deepspeed(*args, **inputs)
-        self._pending = wants_grad
+        self._waiting += wants_grad
         return output
 
     def backward(self, loss: Tensor) -> None:
@@ -131,12 +133,34 @@ class Engine:
         Raises:
             RuntimeError: no forward waits for a backward.
         """
-        if not self._pending:
+        if not self._waiting:
             raise RuntimeError("backward() without a forward before it: call the engine with gradients first.")
         # DeepSpeed averages over the ranks; the contract here is a sum.
         self._deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
-        self._pending = False
+        self._waiting -= 1
         self._backwards += 1
+
+    @contextmanager
+    def graphs_kept(self) -> Iterator[None]:
+        """Within this context any number of forwards with gradients may wait for their backwards.
+
+        Forwards without gradients, also within ``weights()``, may come between them. The backwards, one for
+        each, come here or after it, and before anything else. An exception gives up the graphs that wait.
+
+        Raises:
+            RuntimeError: ZeRO-3, which would drop the gradients of all but the last.
+        """
+        self._require_idle("graphs_kept()")
+        if not self._section.graphs_may_wait:
+            raise RuntimeError("graphs_kept() in ZeRO-3, where DeepSpeed drops the gradients of graphs that wait.")
+        self._keeping = True
+        try:
+            yield
+        except BaseException:
+            self._waiting = 0
+            raise
+        finally:
+            self._keeping = False
 
     def step(self) -> StepInfo:
         """Update the weights with the accumulated gradient, and clear it.
@@ -174,7 +198,7 @@ class Engine:
         per forward: it copies this rank's share of the weights twice, and ZeRO-1 and ZeRO-2 gather
         the weights twice.
         """
-        self._require_idle("weights()")
+        self._require_idle("weights()", graphs_may_wait=self._keeping)
         if name not in self._slots:
             hint = "set ema.decay" if name == EMA else f"call save_slot({name!r}) first"
             raise RuntimeError(f"There is no weight slot {name!r}; {hint}.")
@@ -193,7 +217,7 @@ class Engine:
         """
         whole: dict[str, Tensor] = {}
         for name, tensor in self._deepspeed.module.state_dict(keep_vars=True).items():
-            with deepspeed.zero.GatheredParameters(tensor, enabled=self._stage == 3):
+            with deepspeed.zero.GatheredParameters(tensor, enabled=self._section.zero_stage == 3):
                 if self.ranks.is_main:
                     whole[name] = tensor.detach().to("cpu", copy=True)
         return whole if self.ranks.is_main else None
@@ -264,8 +288,8 @@ class Engine:
         self._deepspeed.destroy()
         self._slots.clear()
 
-    def _require_idle(self, call: str) -> None:
-        if self._pending:
+    def _require_idle(self, call: str, *, graphs_may_wait: bool = False) -> None:
+        if self._waiting and not graphs_may_wait:
             raise RuntimeError(f"{call} while a forward waits for its backward: call backward() first.")
         if self._swapped:
             raise RuntimeError(f"{call} within weights(): leave that context first.")

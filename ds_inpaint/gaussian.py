@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,6 +72,11 @@ class Schedule:
     def trainable_steps(self) -> tuple[int, ...]:
         """Steps with a log-prob to learn from: those that draw noise, without the last."""
         return tuple(number for number, step in enumerate(self.steps[:-1]) if step.std > 0)
+
+    def noisy_only_at(self, numbers: Collection[int]) -> Schedule:
+        """The same sampler with noise at these steps alone; the others are deterministic, their means included."""
+        pairs = enumerate(zip(self.steps, self.quiet_steps, strict=True))
+        return replace(self, steps=tuple(step if number in numbers else quiet for number, (step, quiet) in pairs))
 
     def times_N(self, step: int, latents_NCHW: Tensor) -> Tensor:
         """The time of a step for each of N latents, on their device."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds_inpaint.costs import Call, Costs
 from ds_inpaint.engine_memory import EngineMemory, Part
@@ -56,6 +56,10 @@ def estimate(
     for forwards in (each for workload in workloads for each in workload.denoiser):
         call = Call("predict", max(forwards.batches), forwards.guided, forwards.trained)
         beside = states.beside_backward if forwards.trained else states.beside_forward
+        if forwards.kept:
+            graph = costs.of(replace(call, kind="graph")).left
+            lasting.append(Part("kept graphs", graph * forwards.calls))
+            beside -= graph
         passing[forwards.phase] = costs.of(call).bytes + beside
     passing["optimizer step"] = states.step
     for kind in ("encode", "decode"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ds_inpaint import heldout
 from ds_inpaint.cache import is_prepared
@@ -14,6 +16,7 @@ from ds_inpaint.memory import Memory, estimate
 from ds_inpaint.outline import Configs, Outline
 from ds_inpaint.recipe import Recipe
 from ds_inpaint.rows import read_rows
+from ds_inpaint.values import Sampler
 from ds_inpaint.workload import Deal, Workload
 
 
@@ -52,15 +55,24 @@ class Plan:
     machine: Machine
     sizes: Sizes
     costs: Costs
-    iteration: tuple[Workload, ...]
-    """Of each rank."""
+    deals: tuple[Deal, ...]
+    """Of each rank, in the first iteration."""
     evaluation: tuple[Workload, ...]
-    """Likewise."""
+    """Of each rank."""
 
     @property
     def outline(self) -> Outline:
         """The model."""
         return self.costs.outline
+
+    def workloads(self, iteration: int) -> tuple[Workload, ...]:
+        """Of each rank, in iteration 0, 1, 2, ..."""
+        return tuple(self.recipe.algorithm.workload(replace(deal, iteration=iteration)) for deal in self.deals)
+
+    @property
+    def iteration(self) -> tuple[Workload, ...]:
+        """Of each rank, in the second iteration: the first may repeat what later ones keep."""
+        return self.workloads(1)
 
     @property
     def evaluations(self) -> int:
@@ -87,11 +99,12 @@ class Plan:
         return self._longest(self.evaluation)
 
     def seconds(self) -> float:
-        """Of the whole run."""
-        iteration, evaluation = (
-            sum(phase.seconds for phase in found) for found in (self.iteration_phases(), self.evaluation_phases())
+        """Of the whole run, whose iterations may differ."""
+        iterations = Counter(map(self.workloads, range(self.recipe.run.iterations)))
+        return sum(
+            count * sum(phase.seconds for phase in self._longest(workloads))
+            for workloads, count in [*iterations.items(), (self.evaluation, self.evaluations)]
         )
-        return self.recipe.run.iterations * iteration + self.evaluations * evaluation
 
     def _longest(self, workloads: Sequence[Workload]) -> list[Phase]:
         each = [phases(self.recipe, self.costs, self.machine, workload) for workload in set(workloads)]
@@ -119,25 +132,29 @@ def make_plan(recipe: Recipe, configs: Configs, sizes: Sizes, machine: Machine) 
     for pixels in recipe.data.shapes:
         outline.policy.latent_shape(*pixels)
     process = outline.policy.process(*sizes.largest)
-    steps, steps_of_evaluations = (
-        len(sampler.schedule(process).times_T)
-        for sampler in (recipe.sampler, recipe.evaluation.sampler or recipe.sampler)
-    )
 
-    def deal(rank: int, steps: int, dataset_is_prepared: bool) -> Deal:
-        return Deal(recipe.data.batch, rank, machine.count, engine.micro_batch, steps, dataset_is_prepared)
+    def deal(rank: int, sampler: Sampler, dataset: Path) -> Deal:
+        return Deal(
+            recipe.data.batch,
+            rank,
+            machine.count,
+            engine.micro_batch,
+            sampler.schedule(process),
+            is_prepared(dataset),
+            recipe.run.seed,
+            iteration=0,
+        )
 
     return Plan(
         recipe,
         machine,
         sizes,
         Costs(outline, sizes.largest),
+        tuple(deal(rank, recipe.sampler, recipe.data.train) for rank in range(machine.count)),
         tuple(
-            recipe.algorithm.workload(deal(rank, steps, is_prepared(recipe.data.train)))
-            for rank in range(machine.count)
-        ),
-        tuple(
-            heldout.workload(sizes.heldout, deal(rank, steps_of_evaluations, is_prepared(recipe.data.heldout)))
+            heldout.workload(
+                sizes.heldout, deal(rank, recipe.evaluation.sampler or recipe.sampler, recipe.data.heldout)
+            )
             for rank in range(machine.count)
         ),
     )

@@ -89,7 +89,7 @@ class Recipe:
                     f"{self.model.process.__name__}. Use ddim for Stable Diffusion; flow_sde, dance_sde, cps or ode "
                     f"for Flux.",
                 )
-        self.algorithm.check(self.sampler)
+        self.algorithm.check(self.sampler, self.engine)
 
 
 def load_recipe(path: Path, overrides: Sequence[str], world_size: int) -> Recipe:

@@ -30,7 +30,8 @@ def remedies(
 ) -> Iterator[Remedy]:
     """Changes in the order of what they cost, each on top of those before, up to the first that fits.
 
-    Small micro-batches cost some speed, recomputing a third more arithmetic, higher stages messages, GPUs money.
+    Repeated forwards and small micro-batches cost some speed, recomputing a third more arithmetic, higher stages
+    messages, GPUs money.
     Adapters, which learn less, are told beside more GPUs, both without the changes before where these are not needed.
 
     Args:
@@ -54,7 +55,7 @@ def remedies(
         return least
 
     kept: tuple[str, ...] = ()
-    for changes in (_micro_batches(engine), _recomputing(engine), _stages(engine)):
+    for changes in (["algorithm.lean=false"], _micro_batches(engine), _recomputing(engine), _stages(engine)):
         if found := best([((*kept, change), gpus) for change in changes]):
             yield found
             kept, needed = found.settings, found.bytes

@@ -166,6 +166,8 @@ class Rollout:
         record: Sequence[int] = (),
         focus: Callable[[Tensor], Focus] = lambda holes_n1HW: EVERYWHERE,
         same_start: bool = False,
+        shared_steps: int = 0,
+        keep_graphs: bool = False,
     ) -> Generated:
         """Generate this rank's samples; each micro-batch is scored while the next ones are made, and after.
 
@@ -176,21 +178,26 @@ class Rollout:
             record: sampler steps to keep for training, ascending.
             focus: where to draw noise and take log-probs, given the micro-batch's holes, bool [n, 1, H, W].
             same_start: whether a group starts from one initial noise.
+            shared_steps: first steps, none of them with noise, that a group with ``same_start`` takes as one.
+            keep_graphs: whether the predictions of recorded steps keep their graphs; only in ``graphs_kept()``.
 
         Raises:
             Stopped: on all ranks together, before the next micro-batch, since one was asked to stop.
         """
         started = time.perf_counter()
         plan = prepared.micro_batches(self.micro_batch)
-        forwards = sum(map(len, plan)) * len(self.schedule.times_T)
+        forwards = sum(map(len, plan)) * (len(self.schedule.times_T) - shared_steps)
         self.ranks.agree(purpose, samples=sum(map(len, prepared.parts)), forwards=forwards)
+        branches_BCHW = self._branches(prepared, purpose, iteration, shared_steps) if shared_steps else None
         pending = []
 
         def chunk_of(numbers: tuple[int, ...]) -> Chunk:
             self.ranks.stop_if_asked()
             noise = self._noise(numbers, purpose, iteration, prepared.group_size if same_start else 1)
-            chunk = self._generate(prepared, numbers, noise, record, focus)
             rows_n = prepared.rows_n(numbers)
+            if branches_BCHW is not None:
+                noise[:, 0] = branches_BCHW[rows_n]
+            chunk = self._generate(prepared, numbers, noise, record, focus, keep_graphs, shared_steps)
             names = [
                 f"{prepared.batch.ids[row]}#{number}" for row, number in zip(rows_n.tolist(), numbers, strict=True)
             ]
@@ -245,6 +252,22 @@ class Rollout:
             noise_nTCHW[:, 0] = sample_noise(self.seed, f"{purpose} start", iteration, groups, self.latent_shape)
         return noise_nTCHW
 
+    def _branches(self, prepared: Prepared, purpose: str, iteration: int, steps: int) -> Tensor:
+        """Latents on the CPU, one row for each triple of ``prepared``, at which its group's samples part.
+
+        Each group goes there alone: a batch would round differently for each number of ranks.
+        """
+        most = int(self.ranks.max(torch.tensor(len(prepared.owners))))
+        ends = []
+        for turn in range(most):
+            row = min(turn, len(prepared.owners) - 1)  # ZeRO-3 needs as many forwards of ranks with fewer groups
+            start = sample_noise(self.seed, f"{purpose} start", iteration, [prepared.owners[row]], self.latent_shape)
+            noise_1TCHW = start[:, None].expand(-1, steps + 1, -1, -1, -1)  # of which only the start is used
+            given = prepared.condition.rows(slice(row, row + 1))
+            walked = walk(self.policy, self.schedule, given, noise_1TCHW.to(self.ranks.device), steps=slice(steps))
+            ends.append(walked.end_nCHW.cpu())
+        return torch.cat(ends[: len(prepared.owners)])
+
     @torch.no_grad()
     def _generate(
         self,
@@ -253,12 +276,23 @@ class Rollout:
         noise_nTCHW: Tensor,
         record: Sequence[int],
         focus: Callable[[Tensor], Focus],
+        keep_graphs: bool,
+        shared_steps: int,
     ) -> Chunk:
         device, rows_n = self.ranks.device, prepared.rows_n(numbers)
         given = prepared.condition.rows(rows_n.to(device))
         images, holes = prepared.batch.images_BCHW[rows_n].to(device), prepared.batch.holes_B1HW[rows_n].to(device)
-        focused = focus(holes)
-        walked = walk(self.policy, self.schedule, given, noise_nTCHW.to(device), record=record, focus=focused)
+        focused, noise = focus(holes), noise_nTCHW.to(device)
+        walked = walk(
+            self.policy,
+            self.schedule,
+            given,
+            noise,
+            record=record,
+            focus=focused,
+            keep_graphs=keep_graphs,
+            steps=slice(shared_steps, None),
+        )
         decoded = self.policy.decode(walked.end_nCHW)
         raw = to_bytes(decoded)
         return Chunk(

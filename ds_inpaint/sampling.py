@@ -38,6 +38,8 @@ class Trajectory:
     """Latents after it."""
     log_probs_nK: Tensor
     end_nCHW: Tensor
+    predictions: tuple[Tensor, ...]
+    """Predictions [n, C, H, W] at the recorded steps with their graphs, if these were kept; else none."""
 
 
 @torch.no_grad()
@@ -49,8 +51,10 @@ def walk(
     *,
     record: Sequence[int] = (),
     focus: Focus = EVERYWHERE,
+    keep_graphs: bool = False,
+    steps: slice = slice(None),
 ) -> Trajectory:
-    """Sample n images' latents, all steps, with classifier-free guidance where the family has it.
+    """Sample n images' latents, with classifier-free guidance where the family has it.
 
     Args:
         policy: whose denoiser is asked.
@@ -59,13 +63,18 @@ def walk(
         noise_nTCHW: [n, T + 1, C, H, W], unit noise: the start, then that of each step.
         record: sampler steps to keep, ascending.
         focus: where noise is drawn and log-probs are taken.
+        keep_graphs: whether the predictions at the recorded steps are kept for a backward of each.
+        steps: those of the sampler to take; the start is where the first of them begins.
     """
     latents = noise_nTCHW[:, 0]
-    before, after, log_probs = [], [], []
-    for step in range(len(schedule.times_T)):
-        prediction = policy.predict(latents, schedule.times_N(step, latents), condition, guided=True)
-        transition = schedule.transition(prediction, latents, step, focus)
+    before, after, log_probs, predictions = [], [], [], []
+    for step in range(len(schedule.times_T))[steps]:
+        with torch.set_grad_enabled(keep_graphs and step in record):
+            prediction = policy.predict(latents, schedule.times_N(step, latents), condition, guided=True)
+        transition = schedule.transition(prediction.detach(), latents, step, focus)
         following = transition.sample(noise_nTCHW[:, step + 1])
+        if prediction.requires_grad:
+            predictions.append(prediction)
         if step in record:
             before.append(latents)
             after.append(following)
@@ -76,6 +85,7 @@ def walk(
         _stack(after, latents),
         torch.stack(log_probs, 1) if log_probs else latents.new_zeros(len(latents), 0),
         latents,
+        tuple(predictions),
     )
 
 

@@ -24,6 +24,8 @@ class Cost:
     """Floating-point operations of matrix products, convolutions and attention; a multiply-add counts as two."""
     bytes: int
     """Memory of all that it makes, at its fullest."""
+    left: int
+    """Memory of what its result keeps, the graph included."""
 
 
 def trace(compute: Callable[[], object], modules: Sequence[nn.Module]) -> Cost:
@@ -37,8 +39,10 @@ def trace(compute: Callable[[], object], modules: Sequence[nn.Module]) -> Cost:
     weights = [parameter for module in modules for parameter in module.parameters()]
     tally = Tally([*weights, *(buffer for module in modules for buffer in module.buffers())])
     with fused_attention(), _gradients_let_go(weights), tally:
-        compute()
-    return Cost(tally.flops, tally.peak)
+        result = compute()
+        left = tally.live
+    del result
+    return Cost(tally.flops, tally.peak, left)
 
 
 class Tally(TorchDispatchMode):

@@ -165,6 +165,10 @@ class Denoiser(Protocol):
         """A context, without gradients, in which the network computes with other weights."""
         ...
 
+    def graphs_kept(self) -> AbstractContextManager[None]:
+        """A context in which forwards with gradients may wait for their backwards, which come after it."""
+        ...
+
 
 class Policy(Protocol):
     """An inpainting model under training, as every algorithm sees it; one class per model family."""

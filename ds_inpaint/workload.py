@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ds_inpaint.gaussian import Schedule
+
 
 def share(count: int, updates: int, rank: int, world_size: int) -> list[list[int]]:
     """A rank's of ``count`` things, samples or triples, for each of an iteration's updates.
@@ -34,10 +36,18 @@ class Deal:
     rank: int
     world_size: int
     micro_batch: int
-    steps: int
+    schedule: Schedule
     """Of the sampler."""
     prepared: bool
     """Whether the triples were encoded beforehand."""
+    seed: int
+    """Of the run, from which an iteration may draw what it does."""
+    iteration: int
+
+    @property
+    def steps(self) -> int:
+        """Of the sampler."""
+        return len(self.schedule.times_T)
 
     def share(self, count: int, updates: int) -> list[list[int]]:
         """This rank's of ``count`` things, for each update."""
@@ -49,8 +59,17 @@ class Deal:
 
     def encodes(self, parts: Iterable[Sequence[int]], group_size: int, each: int) -> tuple[int, ...]:
         """Images of each call of the VAE's encoder that prepares samples: ``each`` calls of one image per triple."""
-        owners = {sample // group_size for part in parts for sample in part}
-        return () if self.prepared else (1,) * (each * len(owners))
+        return () if self.prepared else (1,) * (each * len(_owners(parts, group_size)))
+
+    def most_triples(self, group_size: int, updates: int) -> int:
+        """Triples whose samples, so many of each, are on one rank: on the rank that has most."""
+        count = self.triples * group_size
+        ranks = range(self.world_size)
+        return max(len(_owners(share(count, updates, rank, self.world_size), group_size)) for rank in ranks)
+
+
+def _owners(parts: Iterable[Sequence[int]], group_size: int) -> set[int]:
+    return {sample // group_size for part in parts for sample in part}
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,8 @@ class Forwards:
     """Whether with classifier-free guidance, which doubles the rows of a forward in families that have it."""
     trained: bool = False
     """Whether a backward follows each forward."""
+    kept: bool = False
+    """Whether it follows after all of them, so that they all keep their activations."""
 
     @property
     def calls(self) -> int:

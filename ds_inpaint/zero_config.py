@@ -71,6 +71,11 @@ class EngineSection:
             )
 
     @property
+    def graphs_may_wait(self) -> bool:
+        """Whether several forwards may wait for their backwards; with ZeRO-3 DeepSpeed drops all but the last."""
+        return self.zero_stage < 3
+
+    @property
     def dtype(self) -> torch.dtype:
         """What ``precision`` names."""
         return PRECISIONS[self.precision]

@@ -14,7 +14,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -228,6 +228,44 @@ def check_guards(section: EngineSection, ranks: Ranks) -> dict[str, str]:
     found["save_before_step"] = message(RuntimeError, lambda: engine.save(Path("nowhere"), {}))
     found["rollout_after_backward"] = message(RuntimeError, lambda: outputs(engine))
     found["step"] = message(RuntimeError, engine.step)
+    engine.close()
+    return found
+
+
+def check_kept_graphs(section: EngineSection, ranks: Ranks) -> dict[str, Any]:
+    """An update whose forwards all come before its backwards, with others between, and one made in turns."""
+    engine = start(section, SGD, ranks)
+    if not section.graphs_may_wait:
+        found: dict[str, Any] = {"refused": message(RuntimeError, lambda: engine.graphs_kept().__enter__())}
+        engine.close()
+        return found
+    accumulate(engine)
+    norm, wanted = engine.step().grad_norm, engine.state_dict()
+    engine.close()
+    engine = start(section, SGD, ranks)
+    engine.save_slot("start")
+    with suppress(ValueError), engine.graphs_kept():
+        engine(batch()[0])
+        raise ValueError
+    found = {"given_up": message(RuntimeError, lambda: outputs(engine))}
+    inputs, targets = batch()
+    own = slice(ranks.rank, None, ranks.world_size)
+    micro_batches = zip(inputs[own].chunk(MICRO_BATCHES), targets[own].chunk(MICRO_BATCHES), strict=True)
+    losses = []
+    with engine.graphs_kept():
+        for inputs_NC, targets_NC in micro_batches:
+            losses.append((engine(inputs_NC) - targets_NC).square().sum() / targets.numel())
+            outputs(engine)
+        with engine.weights("start"):
+            outputs(engine)
+        found["step_within"] = message(RuntimeError, engine.step)
+    found["forward_after"] = message(RuntimeError, lambda: outputs(engine))
+    for loss in losses:
+        found["step_early"] = message(RuntimeError, engine.step)
+        engine.backward(loss)
+    found["one_too_many"] = message(RuntimeError, lambda: engine.backward(losses[0]))
+    found["same_norm"] = engine.step().grad_norm == norm
+    found["same_weights"] = same(engine.state_dict(), wanted)
     engine.close()
     return found
 
@@ -575,6 +613,7 @@ def check_all(ranks: Ranks, folder: Path, before: Path) -> dict[str, Any]:
         "control": check_control(ranks),
         "update": {name: check_update(section, ranks) for name, section in fp32.items()},
         "guards": {name: check_guards(SECTIONS[name], ranks) for name in ("zero0", "zero3")},
+        "kept_graphs": {name: check_kept_graphs(section, ranks) for name, section in stages.items()},
         "slots": {name: check_slots(section, ranks) for name, section in SECTIONS.items()},
         "average": {name: check_average(section, ranks) for name, section in stages.items()},
         "rarer_average": check_rarer_average(ranks),

@@ -137,6 +137,26 @@ def test_a_trace_leaves_out_weights_and_their_gradients():
     assert layer.weight.grad is None
 
 
+def test_a_trace_tells_what_a_graph_keeps():
+    layers = [torch.nn.Linear(10, 20, device="meta"), torch.nn.Linear(20, 5, device="meta")]
+    inputs = torch.empty(3, 10, device="meta")
+    cost = trace(lambda: layers[1](layers[0](inputs).sigmoid()), layers)
+    assert cost.left == 4 * 3 * (20 + 5)  # what sigmoid made, for itself and the layer behind, and the result
+
+
+def test_lean_updates_keep_every_graph(plans):
+    plain, lean = (
+        plans("grpo_flux", "engine.zero_stage=2", "engine.micro_batch=1", f"algorithm.lean={on}")
+        for on in ("false", "true")
+    )
+    batches = plain.iteration[0].denoiser[-1].batches
+    graph = plain.costs.of(Call("graph", 1, guided=True, trained=True)).left
+    kept = next(part for part in lean.memory().lasting if part.name == "kept graphs")
+    assert kept.bytes == graph * len(batches) * lean.recipe.algorithm.trained_steps > 0
+    update = {part.name: part.bytes for part in plain.memory().passing}["update"]
+    assert {part.name: part.bytes for part in lean.memory().passing}["update"] == update - graph
+
+
 @pytest.mark.parametrize(
     ("stage", "precision", "kept"),
     [

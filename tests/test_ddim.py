@@ -71,10 +71,24 @@ def test_steps_without_noise_are_those_of_eta_0(process):
     assert DDIM(30, 1.0).schedule(process).quiet_steps == quiet.steps == quiet.quiet_steps
 
 
-def test_an_exact_denoiser_samples_the_data_distribution(process):
+def test_noise_at_some_steps_is_eta_there_and_eta_0_elsewhere(scheduler, process):
+    mixed = DDIM(10, 0.7).schedule(process).noisy_only_at([2, 3, 4])
+    assert mixed.trainable_steps == (2, 3, 4)
+    scheduler.set_timesteps(10)
+    torch.manual_seed(0)
+    latents, prediction, noise = torch.randn(3, 2, 4, 8, 8)
+    for step, time in enumerate(scheduler.timesteps):
+        eta = 0.7 if step in (2, 3, 4) else 0.0
+        expected = scheduler.step(prediction, time, latents, eta=eta, variance_noise=noise).prev_sample
+        ours = mixed.transition(prediction, latents, step).sample(noise)
+        torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [range(0), range(100, 300), range(500)])
+def test_an_exact_denoiser_samples_the_data_distribution(process, window):
     """x0 ~ N(0, s^2) has eps = x sqrt(1 - ab) / (ab s^2 + 1 - ab), so a run is a recursion of variances."""
     data_std = 0.5
-    schedule = DDIM(500, 1.0).schedule(process)
+    schedule = DDIM(500, 1.0).schedule(process).noisy_only_at(window)
     alphas = process.alphas_cumprod.double()[schedule.times_T.long()].tolist()
     variance = 1.0
     for alpha, step in zip(alphas, schedule.steps, strict=True):

@@ -166,6 +166,21 @@ def test_wrong_orders_of_calls_are_refused(found, name):
         assert guards["rollout_after_backward"] == guards["step"] == "nothing was raised"
 
 
+@pytest.mark.parametrize("name", STAGE_NAMES)
+def test_graphs_that_wait_for_their_backwards_give_the_same_update_bit_for_bit(found, name):
+    for rank in found:
+        kept, guards = rank["kept_graphs"][name], rank["guards"]["zero0"]
+        if not SECTIONS[name].graphs_may_wait:
+            assert kept["refused"].startswith("graphs_kept() in ZeRO-3, where DeepSpeed drops the gradients")
+            continue
+        assert kept["same_norm"]
+        assert kept["same_weights"]
+        assert kept["given_up"] == "nothing was raised"
+        assert kept["step_within"] == kept["step_early"] == guards["forward_step"]
+        assert kept["forward_after"] == guards["forward_forward"]
+        assert kept["one_too_many"] == guards["backward_first"]
+
+
 @pytest.mark.parametrize("name", SECTIONS)
 def test_slot_swaps_in_and_out_bit_for_bit(found, name):
     for rank in found:

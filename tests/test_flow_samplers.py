@@ -54,6 +54,11 @@ def published_step(sampler, latents, velocity, here, there, second):
     return latents * keep + velocity * push * span, rate * math.sqrt(-span)
 
 
+def exact_velocity(sigma, data_std):
+    """What the exact denoiser for data ~ N(0, data_std^2) answers, as a multiple of the latents."""
+    return (sigma - (1 - sigma) * data_std**2) / (sigma**2 + (1 - sigma) ** 2 * data_std**2)
+
+
 def final_std(sampler, data_std, noisy_end=False):
     """Std of the images, relative to the data's, when the denoiser is exact for data ~ N(0, data_std^2).
 
@@ -63,7 +68,7 @@ def final_std(sampler, data_std, noisy_end=False):
     sigmas = PROCESS.sigmas(sampler.steps)
     variance = 1.0
     for (here, there), step in zip(pairwise(sigmas), sampler.schedule(PROCESS).steps, strict=True):
-        velocity = (here - (1 - here) * data_std**2) / (here**2 + (1 - here) ** 2 * data_std**2)
+        velocity = exact_velocity(here, data_std)
         scale, std = step.keep + step.push * velocity, step.std
         if there == 0 and noisy_end:
             scale, std = published_step(sampler, 1.0, velocity, here, there, sigmas[1])
@@ -138,6 +143,47 @@ def test_without_noise_every_sampler_is_the_ode(sampler):
 @pytest.mark.parametrize("sampler", NOISY, ids=repr)
 def test_quiet_steps_are_the_ode(sampler):
     assert sampler.schedule(PROCESS).quiet_steps == ODE(8).schedule(PROCESS).steps
+
+
+@pytest.mark.parametrize("sampler", NOISY, ids=repr)
+def test_noise_at_some_steps_leaves_the_ode_elsewhere(sampler):
+    noisy = sampler.schedule(PROCESS)
+    mixed = noisy.noisy_only_at([2, 3])
+    ode = ODE(8).schedule(PROCESS).steps
+    assert mixed.steps == (*ode[:2], *noisy.steps[2:4], *ode[4:])
+    assert mixed.trainable_steps == (2, 3)
+    assert torch.equal(mixed.times_T, noisy.times_T)
+
+
+def mixed_std(sampler, data_std, window):
+    """As ``final_std``, with noise inside the window alone: by the schedule, and by the published formulas."""
+    sigmas, found, wanted = PROCESS.sigmas(sampler.steps), 1.0, 1.0
+    for number, step in enumerate(sampler.schedule(PROCESS).noisy_only_at(window).steps):
+        here, there = sigmas[number : number + 2]
+        velocity = exact_velocity(here, data_std)
+        found = (step.keep + step.push * velocity) ** 2 * found + step.std**2
+        scale, std = 1 + velocity * (there - here), 0.0
+        if number in window:
+            scale, std = published_step(sampler, 1.0, velocity, here, there, sigmas[1])
+        wanted = scale**2 * wanted + std**2
+    return math.sqrt(found) / data_std, math.sqrt(wanted) / data_std
+
+
+@pytest.mark.parametrize("kind", [FlowSDE, DanceSDE, CPS])
+@pytest.mark.parametrize("window", [range(4), range(3, 7), range(15, 19)])
+def test_a_noisy_window_in_an_ode_ends_at_the_spread_of_the_published_formulas(kind, window):
+    found, wanted = mixed_std(kind(20), 0.05, window)
+    assert found == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("window", [range(200), range(300, 600), range(999)])
+def test_a_noisy_window_of_an_sde_keeps_the_distribution_of_the_data(window):
+    """Both marginals are the flow's, so any mixture converges; the SDE's mean without its noise does not."""
+    assert mixed_std(FlowSDE(1000, 0.7), 1.0, window)[0] == pytest.approx(1.0, abs=0.01)
+    variance = 1.0
+    for sigma, step in zip(PROCESS.sigmas(1000), FlowSDE(1000, 0.7).schedule(PROCESS).steps, strict=False):
+        variance *= (step.keep + step.push * exact_velocity(sigma, 1.0)) ** 2
+    assert math.sqrt(variance) < 0.9
 
 
 @pytest.mark.parametrize("sampler", [FlowSDE(1), DanceSDE(1), CPS(1), ODE(1)], ids=repr)

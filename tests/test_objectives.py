@@ -1,9 +1,11 @@
-"""The losses of DPO and SFT on small models of both families, against independent computations."""
+"""The losses of the algorithms on small models of both families, against independent computations."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from plain import FormulaRewards, plain_policy, plain_rollout
 from torch.distributions import Normal
 
+from ds_inpaint.adapters import LoRA
 from ds_inpaint.algorithms.dpo import DPO
 from ds_inpaint.algorithms.grpo import GRPO
 from ds_inpaint.algorithms.sft import SFT
 from ds_inpaint.data import load
+from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import UntrustworthyUpdate
 from ds_inpaint.framing import Framing
 from ds_inpaint.models.flux import Flux
@@ -250,6 +254,121 @@ def test_grpo_tells_the_size_of_its_predictions(rollout, triples, family):
                 sizes.append(rollout.policy.predict(latents_CHW[None], time, given, guided=True).norm().item())
     dimensions = math.prod(rollout.latent_shape)
     assert told == pytest.approx(sum(sizes) / len(sizes) / dimensions**0.5, rel=1e-4)
+
+
+def gradients(rollout, triples, algorithm, iteration):
+    """Of each trained weight, with what the update reports and how often the network was asked for it."""
+    policy = rollout.policy
+    [steps] = algorithm.collect(triples, iteration, rollout, BRIGHT).updates
+    collected = policy.denoiser.calls
+    losses = [algorithm.loss(policy, step) for step in steps]
+    for loss in losses:
+        loss.value.backward()
+    trained = {name: weight for name, weight in policy.denoiser.module.named_parameters() if weight.requires_grad}
+    found = {name: weight.grad.clone() for name, weight in trained.items()}
+    policy.denoiser.module.zero_grad()
+    return found, losses, policy.denoiser.calls - collected
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "kept"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"hole_aware": "log_prob", "kl_weight": 10.0},
+        {"hole_aware": "noise", "kl_weight": 1.0, "kl_form": "prediction"},
+    ],
+    ids=["plain", "log_prob", "noise"],
+)
+def test_lean_gradients_are_the_native_ones_bit_for_bit(family, triples, keys, checkpointing, lora, request):
+    folder = str(request.getfixturevalue({"sd": "small_model", "flux": "small_flux"}[family]))
+    model = SD(folder, lora=lora) if family == "sd" else Flux(folder, text_tokens=16, lora=lora)
+    policy = plain_policy(model, checkpointing)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in policy.denoiser.module.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape) * weight.abs().mean().clamp(min=0.01))
+    noisy = plain_rollout(policy, DDIM(3, 1.0) if family == "sd" else FlowSDE(3))
+    native, lean = (GRPO(group_size=4, trained_steps=2, lean=lean, **keys) for lean in (False, True))
+    wanted, wanted_losses, forwards = gradients(noisy, triples, native, iteration=1)
+    found, losses, lean_forwards = gradients(noisy, triples, lean, iteration=1)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert any(gradient.abs().max() > 0 for gradient in wanted.values())
+    assert (forwards, lean_forwards) == (4, 0)
+    for loss, wanted_loss in zip(losses, wanted_losses, strict=True):
+        assert loss.maxima["ratio/max_deviation"] == 0
+        assert loss.shares == wanted_loss.shares
+        assert loss.shares.get("kl", 1) > 0
+
+
+def test_the_first_iteration_repeats_its_forwards_for_the_doctor(rollout, triples, family):
+    noisy = plain_rollout(rollout.policy, DDIM(3, 1.0) if family == "sd" else FlowSDE(3))
+    lean = GRPO(group_size=4, trained_steps=2, lean=True)
+    assert [gradients(noisy, triples, lean, iteration)[2] for iteration in (0, 1)] == [4, 0]
+
+
+@pytest.mark.parametrize("hole_aware", ["none", "noise"])
+def test_only_the_window_draws_noise(rollout, triples, family, hole_aware):
+    """A group that starts from one noise is one image up to the window, and different ones after it."""
+    noisy = plain_rollout(rollout.policy, DDIM(6, 1.0) if family == "sd" else FlowSDE(6))
+    algorithm = GRPO(
+        group_size=4,
+        trained_steps=2,
+        window="progressive",
+        window_every=1,
+        noisy_steps="trained",
+        same_start=True,
+        hole_aware=hole_aware,
+    )
+    before = rollout.policy.denoiser.calls
+    [steps] = algorithm.collect(triples, 2, noisy, BRIGHT).updates
+    # Two steps of each group alone, then four of its four samples together.
+    assert rollout.policy.denoiser.calls - before == 2 * (2 + 4)
+    assert [step.step for step in steps] == [2, 3] * 2
+    for first, second in (steps[:2], steps[2:]):
+        assert [step.std > 0 for step in first.schedule.steps] == [False, False, True, True, False, False]
+        assert torch.equal(first.latents_nCHW, first.latents_nCHW[:1].expand(4, -1, -1, -1))
+        assert torch.equal(first.next_nCHW, second.latents_nCHW)
+        assert (first.next_nCHW[1:] - first.next_nCHW[0]).abs().amax((1, 2, 3)).min() > 0.1
+        assert algorithm.loss(rollout.policy, first).maxima["ratio/max_deviation"] == 0
+        assert algorithm.loss(rollout.policy, second).maxima["ratio/max_deviation"] == 0
+
+
+@torch.no_grad()
+def test_shared_steps_are_those_that_every_sample_would_have_taken(rollout, triples, family):
+    noisy = plain_rollout(rollout.policy, DDIM(6, 1.0) if family == "sd" else FlowSDE(6))
+    noisy = replace(noisy, schedule=noisy.schedule.noisy_only_at([3]))
+    prepared = noisy.prepare(triples, 4, noisy.share(8))
+
+    def ends(shared_steps):
+        settings = {"purpose": "rollout", "iteration": 1, "same_start": True, "shared_steps": shared_steps}
+        return torch.cat([chunk.trajectory.end_nCHW for chunk in noisy.generate(prepared, BRIGHT, **settings).chunks])
+
+    torch.testing.assert_close(ends(3), ends(0), rtol=1e-4, atol=1e-4)
+    calls = noisy.policy.denoiser.calls
+    with patch.object(Ranks, "max", lambda self, values: torch.tensor(5)):  # another rank has five groups
+        ends(3)
+    assert noisy.policy.denoiser.calls - calls == 5 * 3 + 2 * 3
+
+
+def windows(rollout, family, count, steps=7, **keys):
+    """The first and last trained step of some iterations."""
+    noisy = plain_rollout(rollout.policy, DDIM(steps, 1.0) if family == "sd" else FlowSDE(steps))
+    algorithm = GRPO(trained_steps=3, **keys)
+    chosen = [algorithm._choose_steps(noisy.schedule, noisy.seed, iteration) for iteration in range(count)]
+    assert all(each == [each[0], each[0] + 1, each[0] + 2] for each in chosen)
+    return [each[0] for each in chosen]
+
+
+def test_windows_move_as_asked(rollout, family):
+    assert windows(rollout, family, 9, window="progressive", window_every=2) == [0, 0, 1, 1, 2, 2, 3, 3, 0]
+    assert windows(rollout, family, 4, window="progressive", window_every=1, window_stride=2) == [0, 2, 3, 0]
+    assert windows(rollout, family, 3, window="progressive", window_every=1, step_fraction=0.0) == [0, 0, 0]
+    drawn = windows(rollout, family, 400, window="random")
+    assert all(60 < drawn.count(first) < 140 for first in range(4))
+    assert set(windows(rollout, family, 50, window="random", step_fraction=0.6)) == {0, 1}
 
 
 def test_prompts_are_dropped_at_the_rate_asked_for(triples):

@@ -51,8 +51,9 @@ BROKEN = {
     "unknown key": (
         ("  group_size: 4", "  gruop_size: 4"),
         "grpo.yaml:18: algorithm.gruop_size: unknown key. Allowed here: group_size, trained_steps, step_fraction, "
-        "clip_range, hole_aware, hole_dilation, same_start, advantage_spread, advantage_bound, advantage_eps, "
-        "kl_weight, kl_form, updates_per_rollout. Did you mean group_size?",
+        "window, window_every, window_stride, noisy_steps, clip_range, hole_aware, hole_dilation, same_start, "
+        "advantage_spread, advantage_bound, advantage_eps, kl_weight, kl_form, updates_per_rollout, lean. "
+        "Did you mean group_size?",
     ),
     "unknown section": (
         ("optimizer:", "optimiser:"),
@@ -128,6 +129,16 @@ BROKEN = {
         ("  steps: 4", "  steps: 4\n  eta: 0"),
         "grpo.yaml:20: algorithm.trained_steps: 2 steps are to be trained, but the sampler has 0 trainable ones "
         "(those that draw noise, without the last). Train fewer, or give the sampler more steps or noise.",
+    ),
+    "graphs kept in ZeRO-3": (
+        ("trained_steps: 2", "trained_steps: 2\n  lean: true"),
+        "grpo.yaml:20: algorithm.lean: true with engine.zero_stage=3, where DeepSpeed drops the gradients of forwards "
+        "that wait for their backward. Set engine.zero_stage to 0, 1 or 2 if the weights fit a GPU, or lean: false.",
+    ),
+    "graphs kept for several updates": (
+        ("trained_steps: 2", "trained_steps: 2\n  lean: true\n  updates_per_rollout: 2"),
+        "grpo.yaml:20: algorithm.lean: true with updates_per_rollout=2 would give later updates the gradients of "
+        "weights that are gone. Set updates_per_rollout: 1, or lean: false.",
     ),
     "batch that does not divide": (
         ("batch: 2", "batch: 3"),

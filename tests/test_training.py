@@ -21,6 +21,12 @@ QUICK = ["data.size=32", "run.iterations=2", "evaluation.samples=2"]
 """Of every run, unless it says otherwise."""
 SGD = ["optimizer.name=sgd", "optimizer.learning_rate=0.05", "optimizer.weight_decay=0"]
 LORA = [*SGD, "optimizer.learning_rate=1.0", "model.lora.rank=4"]
+LEAN = ["algorithm.lean=true"]
+WINDOW = [
+    *("algorithm.window=progressive", "algorithm.window_every=1", "algorithm.noisy_steps=trained"),
+    "algorithm.same_start=true",
+]
+KL_IN_HOLE = [*SGD, "algorithm.kl_weight=1.0", "algorithm.hole_aware=noise", "engine.zero_stage=2"]
 BF16 = ["engine.precision=bf16", "run.iterations=1"]
 PREPARED = {
     family: [f"data.{part}=PREPARED/{family}_{part}/train.jsonl" for part in ("train", "heldout")]
@@ -50,6 +56,13 @@ TWO_RANKS = {
         "grpo_flux",
         ["algorithm.hole_aware=log_prob", "rewards.combine={name: normalized}", "run.iterations=1"],
     ),
+    **{f"sd_lean_zero{stage}": ("grpo_sd", [*SGD, *LEAN, f"engine.zero_stage={stage}"]) for stage in STAGES[1:]},
+    "sd_lean_lora": ("grpo_sd", [*LORA, *LEAN, "engine.zero_stage=1"]),
+    "flux_lean": ("grpo_flux", [*SGD, *LEAN, "engine.zero_stage=2"]),
+    "flux_lean_lora": ("grpo_flux", [*LORA, *LEAN, "engine.zero_stage=2"]),
+    "flux_kl_zero2": ("grpo_flux", KL_IN_HOLE),
+    "flux_kl_lean": ("grpo_flux", [*KL_IN_HOLE, *LEAN]),
+    **{f"{family}_window": (f"grpo_{family}", [*SGD, *WINDOW]) for family in ("sd", "flux")},
     "flux_cps": ("grpo_flux", ["sampler={name: cps, steps: 4}", "run.iterations=1"]),
     "flux_dance": ("grpo_flux", ["sampler={name: dance_sde, steps: 4}", "run.iterations=1"]),
     "flux_dpo": ("dpo_flux", [*SGD, "algorithm.sampled_by=reference", "run.iterations=3"]),
@@ -70,7 +83,7 @@ TWO_RANKS = {
 }
 """Recipe and overrides of each run."""
 TWINS = (
-    *("sd_lora_zero2", "sd_dpo", "sd_sft"),
+    *("sd_lora_zero2", "sd_dpo", "sd_sft", "sd_window", "flux_window"),
     *("flux_zero3", "flux_lora_zero2", "flux_dpo", "flux_sft", "flux_aspects"),
 )
 ONE_RANK = {
@@ -237,6 +250,21 @@ def test_metrics_hold_one_row_per_iteration(runs):
         mean = row["reward/seam"] + 0.1 * row["reward/ring_texture"]
         assert row["reward/mean"] == pytest.approx(mean, abs=1e-6)
     assert [row["iteration"] for row in rows if "heldout/reward" in row] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("lean", "native"),
+    [
+        *((f"sd_lean_zero{stage}", f"sgd_zero{stage}") for stage in STAGES[1:]),
+        *(("sd_lean_lora", "sd_lora_zero1"), ("flux_lean", "flux_zero2"), ("flux_lean_lora", "flux_lora_zero2")),
+        ("flux_kl_lean", "flux_kl_zero2"),
+    ],
+)
+def test_lean_updates_are_the_native_ones_bit_for_bit(runs, lean, native):
+    """Of the two iterations the second is lean."""
+    assert untimed_metrics(runs / lean) == untimed_metrics(runs / native)
+    assert torch.equal(weights(trained(runs / lean)), weights(trained(runs / native)))
+    assert read_metrics(runs / lean / "metrics.jsonl")[2]["ratio/max_deviation"] == 0
 
 
 def test_the_kl_penalty_starts_at_zero_and_is_reported(runs):

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ds_inpaint import heldout
+from ds_inpaint.duration import Assumptions, Machine
+from ds_inpaint.gpus import GPUS
+from ds_inpaint.plan import make_plan, read_sizes
 from ds_inpaint.recipe import load_recipe
-from ds_inpaint.rows import read_rows
-from ds_inpaint.workload import Deal, Workload, cut, share
+from ds_inpaint.workload import Workload, cut, share
 
 QUICK = ["data.size=32", "run.iterations=2", "evaluation.samples=3", "engine.zero_stage=2"]
 JOBS = {
@@ -27,6 +28,14 @@ JOBS = {
         "engine.micro_batch=3",
         "data.batch=3",
     ],
+    "grpo_sd.lean": ["algorithm.lean=true", "algorithm.kl_weight=1.0", "run.iterations=3"],
+    "grpo_flux.shared": [
+        "algorithm.noisy_steps=trained",
+        "algorithm.trained_steps=1",
+        "sampler.steps=5",
+        "algorithm.lean=true",
+        "run.iterations=4",
+    ],
     "grpo_sd.unguided": ["model.guidance=1.0", "evaluation.sampler={name: ddim, steps: 2}"],
     "grpo_flux.prepared": [
         "data.train=PREPARED/flux_train/train.jsonl",
@@ -36,10 +45,10 @@ JOBS = {
     "sft_sd.many": ["data.batch=6", "engine.micro_batch=2"],
 }
 """Runs; what follows a dot tells apart those of one recipe."""
-ON_TWO_RANKS = ("grpo_sd.kl", "grpo_flux", "dpo_flux.levels", "sft_sd.many")
+ON_TWO_RANKS = ("grpo_sd.kl", "grpo_flux", "grpo_flux.shared", "dpo_flux.levels", "sft_sd.many")
 RUNS = [(1, name) for name in JOBS] + [(2, name) for name in ON_TWO_RANKS]
 EVALUATIONS = 2
-"""Before the first and after the last of two iterations."""
+"""Before the first iteration and after the last."""
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +83,8 @@ def read(folder: Path, name: str, rank: int) -> dict[str, Counter[str]]:
     return {what: Counter(each) for what, each in json.loads((folder / f"{name}.rank{rank}.json").read_text()).items()}
 
 
-def told(workload: Workload, doubled: bool, times: int) -> Counter[str]:
-    """A workload that is done several times, in the words of ``counts``."""
+def told(workload: Workload, doubled: bool) -> Counter[str]:
+    """A workload in the words of ``counts``."""
     told = Counter(
         {
             "updates": workload.updates,
@@ -91,26 +100,21 @@ def told(workload: Workload, doubled: bool, times: int) -> Counter[str]:
     for forwards in workload.denoiser:
         gradient = "with" if forwards.trained else "without"
         told[f"rows of forwards {gradient} gradient"] += forwards.samples * (2 if doubled and forwards.guided else 1)
-    return Counter({what: count * times for what, count in told.items() if count})
+    return told
 
 
 @pytest.mark.parametrize(("world_size", "name"), RUNS)
 def test_a_workload_is_what_a_run_does(counts, recipes, overrides, world_size, name):
     recipe = load_recipe(recipes[name.partition(".")[0]], overrides[name], world_size)
-    prepared = name.endswith("prepared")
+    machine = Machine(GPUS["h100"], world_size, Assumptions())
+    plan = make_plan(recipe, recipe.model.configs(), read_sizes(recipe), machine)
     doubled = "sd" in name and not name.endswith("unguided")
-    rows = read_rows(recipe.data.heldout, recipe.data)
-    sizes = [rows[number % len(rows)].pixels for number in range(recipe.evaluation.samples)]
     for rank in range(world_size):
-        deal = Deal(recipe.data.batch, rank, world_size, recipe.engine.micro_batch, recipe.sampler.steps, prepared)
-        iteration = recipe.algorithm.workload(deal)
-        sampler = recipe.evaluation.sampler or recipe.sampler
-        evaluation = heldout.workload(
-            sizes, Deal(0, rank, world_size, recipe.engine.micro_batch, sampler.steps, prepared)
-        )
+        iterations = [told(plan.workloads(number)[rank], doubled) for number in range(recipe.run.iterations)]
+        evaluations = EVALUATIONS * [told(plan.evaluation[rank], doubled)]
         found = counts[world_size, name][rank]
-        assert found["iteration"] == told(iteration, doubled, recipe.run.iterations)
-        assert found["evaluation"] == told(evaluation, doubled, EVALUATIONS)
+        assert found["iteration"] == sum(iterations, Counter())
+        assert found["evaluation"] == sum(evaluations, Counter())
 
 
 def test_samples_are_dealt_without_gaps():

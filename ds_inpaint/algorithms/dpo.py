@@ -21,6 +21,7 @@ from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Prepared, Rollout
 from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
 from ds_inpaint.workload import Deal, Forwards, Workload, cut
+from ds_inpaint.zero_config import EngineSection
 
 DOCTOR_DEVIATION = 1e-5
 """While the policy is the reference both have the same errors; above this share they do not compute the same."""
@@ -108,7 +109,7 @@ class DPO:
         """A group stays whole, since its images make a pair."""
         return 1
 
-    def check(self, sampler: Sampler) -> None:
+    def check(self, sampler: Sampler, engine: EngineSection) -> None:
         """Any sampler will do: no log-probs are needed."""
 
     def workload(self, deal: Deal) -> Workload:

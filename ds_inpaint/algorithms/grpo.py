@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Chunk, Rollout
 from ds_inpaint.values import Condition, Experiences, Loss, Policy, Sampler, Triple
 from ds_inpaint.workload import Deal, Forwards, Workload
+from ds_inpaint.zero_config import EngineSection
 
 DOCTOR_SHARE = 0.1
 """A deviation of the first ratios from 1 above this share of the clip range stops the run."""
@@ -43,6 +45,8 @@ class TrainedStep:
     """Weight of each sample in the global mean over valid samples and trained steps."""
     reference_nCHW: Tensor | None
     """Prediction of the reference policy, when a KL penalty needs it."""
+    prediction_nCHW: Tensor | None
+    """Prediction of the rollout with its graph, when that was kept."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,21 @@ class GRPO:
         "Share of the sampler's steps, noisiest first, that K are drawn from each iteration; 0 takes the first K.",
         at_least=0,
         at_most=1,
+    )
+    window: str = key(
+        "none",
+        "`none` draws the K steps one by one; else they follow each other: `random` draws where they begin, "
+        "`progressive` begins with the noisiest and moves on (MixGRPO).",
+        choices=("none", "random", "progressive"),
+    )
+    window_every: int = key(25, "Iterations from one move of a progressive window to the next.", at_least=1)
+    window_stride: int = key(1, "Steps that a progressive window moves by; behind the last it begins anew.", at_least=1)
+    noisy_steps: str = key(
+        "all",
+        "Steps that draw the sampler's noise: `all`, or the `trained` ones, so that what the reward tells apart is "
+        "theirs; the others are deterministic. With same_start a group is one sample up to the first of them, and its "
+        "steps are made once (Flow-GRPO-Fast).",
+        choices=("all", "trained"),
     )
     clip_range: float = key(
         1e-4,
@@ -101,6 +120,19 @@ class GRPO:
     updates_per_rollout: int = key(
         1, "Optimizer steps per rollout; from the second on, the samples are slightly off-policy.", at_least=1
     )
+    lean: bool = key(
+        False,
+        "From the second iteration on, keep the rollout's graphs of the trained steps for the update, which then "
+        "repeats no forward: the same gradients, but all those activations in memory at once. Not with ZeRO-3.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.lean and self.updates_per_rollout > 1:
+            raise Impossible(
+                "lean",
+                f"true with updates_per_rollout={self.updates_per_rollout} would give later updates the gradients of "
+                f"weights that are gone. Set updates_per_rollout: 1, or lean: false.",
+            )
 
     @property
     def uses_reference(self) -> bool:
@@ -122,8 +154,8 @@ class GRPO:
         """Samples of a group may lie on different ranks; only their rewards must meet."""
         return self.group_size
 
-    def check(self, sampler: Sampler) -> None:
-        """Raise Impossible when the sampler has fewer trainable steps than are asked for."""
+    def check(self, sampler: Sampler, engine: EngineSection) -> None:
+        """Raise Impossible when the sampler has too few trainable steps, or the engine cannot keep graphs."""
         if self.trained_steps > len(sampler.trainable_steps):
             raise Impossible(
                 "algorithm.trained_steps",
@@ -131,41 +163,60 @@ class GRPO:
                 f"trainable ones (those that draw noise, without the last). Train fewer, or give the sampler more "
                 f"steps or noise.",
             )
+        if self.lean and not engine.graphs_may_wait:
+            raise Impossible(
+                "algorithm.lean",
+                f"true with engine.zero_stage={engine.zero_stage}, where DeepSpeed drops the gradients of forwards "
+                f"that wait for their backward. Set engine.zero_stage to 0, 1 or 2 if the weights fit a GPU, or "
+                f"lean: false.",
+            )
 
     def workload(self, deal: Deal) -> Workload:
-        """Draw every sample, then take its K trained steps again, with gradients and if need be with the reference."""
+        """Draw every sample, then take its K trained steps again, with gradients and if need be with the reference.
+
+        Lean, the trained steps are taken once; of steps that a group shares, it takes one for all its samples.
+        """
         parts = deal.share(deal.triples * self.group_size, self.updates_per_rollout)
-        batches, steps = deal.batches(parts), self.trained_steps
-        reference = [Forwards("reference", batches, steps, guided=True)] if self.uses_reference else []
+        batches, steps, lean = deal.batches(parts), self.trained_steps, self._keeps_graphs(deal.iteration)
+        shared = self._shared_steps(self._choose_steps(deal.schedule, deal.seed, deal.iteration))
+        groups = (1,) * deal.most_triples(self.group_size, self.updates_per_rollout)
+        phases = (
+            Forwards("shared steps", groups, shared, guided=True),
+            Forwards("rollout", batches, deal.steps - shared - (steps if lean else 0), guided=True),
+            Forwards("reference", batches, steps if self.uses_reference else 0, guided=True),
+            Forwards("update", batches, steps, guided=True, trained=True, kept=lean),
+        )
         return Workload(
-            denoiser=(
-                Forwards("rollout", batches, deal.steps, guided=True),
-                *reference,
-                Forwards("update", batches, steps, guided=True, trained=True),
-            ),
+            denoiser=tuple(phase for phase in phases if phase.calls),
             encodes=deal.encodes(parts, self.group_size, each=1),
             decodes=batches,
             updates=self.updates_per_rollout,
-            latents=sum(batches) * (1 + (3 if reference else 2) * steps),
+            latents=sum(batches) * (1 + (3 if self.uses_reference else 2) * steps),
         )
 
     def collect(
         self, triples: Sequence[Triple], iteration: int, rollout: Rollout, rewards: RewardClient
     ) -> Experiences[TrainedStep]:
         """Sample and score every group, and judge each sample against its own group."""
-        steps = self._choose_steps(rollout, iteration)
+        steps = self._choose_steps(rollout.schedule, rollout.seed, iteration)
+        if self.noisy_steps == "trained":
+            rollout = replace(rollout, schedule=rollout.schedule.noisy_only_at(steps))
         parts = rollout.share(len(triples) * self.group_size, self.updates_per_rollout)
-        generated = rollout.generate(
-            rollout.prepare(triples, self.group_size, parts),
-            rewards,
-            purpose="rollout",
-            iteration=iteration,
-            record=steps,
-            focus=lambda holes_n1HW: self._focus(holes_n1HW, rollout.latent_shape),
-            same_start=self.same_start,
-        )
-        references = self._reference_predictions(generated.chunks, steps, rollout)
-        rollouts = rollout.collect(rewards, generated)
+        lean = self._keeps_graphs(iteration)
+        with rollout.policy.denoiser.graphs_kept() if lean else nullcontext():
+            generated = rollout.generate(
+                rollout.prepare(triples, self.group_size, parts),
+                rewards,
+                purpose="rollout",
+                iteration=iteration,
+                record=steps,
+                focus=lambda holes_n1HW: self._focus(holes_n1HW, rollout.latent_shape),
+                same_start=self.same_start,
+                shared_steps=self._shared_steps(steps),
+                keep_graphs=lean,
+            )
+            references = self._reference_predictions(generated.chunks, steps, rollout)
+            rollouts = rollout.collect(rewards, generated)
         judgement = rewards.recipe.judge(rollouts.scores, rollouts.areas_N, self.group_size)
         advantages = group_relative(
             judgement, self.group_size, self.advantage_spread, self.advantage_eps, self.advantage_bound
@@ -184,10 +235,15 @@ class GRPO:
         return Experiences(updates, {**metrics, **rollouts.metrics})
 
     def loss(self, policy: Policy, experience: TrainedStep) -> Loss:
-        """Clipped policy gradient of one step of one micro-batch, plus the KL penalty."""
+        """Clipped policy gradient of one step of one micro-batch, plus the KL penalty.
+
+        On a kept graph the ratio is 1, and so the gradient -A * grad log-prob (LeanGRPO's Retain, 2609.03528).
+        """
         e = experience
-        times_n = e.schedule.times_N(e.step, e.latents_nCHW)
-        prediction = policy.predict(e.latents_nCHW, times_n, e.condition, guided=True)
+        prediction = e.prediction_nCHW
+        if prediction is None:
+            times_n = e.schedule.times_N(e.step, e.latents_nCHW)
+            prediction = policy.predict(e.latents_nCHW, times_n, e.condition, guided=True)
         transition = e.schedule.transition(prediction, e.latents_nCHW, e.step, e.focus)
         ratio_n = importance_ratio(transition.log_prob_N(e.next_nCHW), e.old_log_probs_n)
         loss_n = clipped_surrogate(ratio_n, e.advantages_n, self.clip_range)
@@ -228,12 +284,30 @@ class GRPO:
                 f"no dropout or other randomness is left in the model."
             )
 
-    def _choose_steps(self, rollout: Rollout, iteration: int) -> list[int]:
+    def _keeps_graphs(self, iteration: int) -> bool:
+        """The first update of a run repeats its forwards, so that the doctor sees two of each."""
+        return self.lean and iteration > 0
+
+    def _shared_steps(self, steps: Sequence[int]) -> int:
+        """First steps of the sampler that are the same for a whole group, given the trained ones."""
+        return steps[0] if self.same_start and self.noisy_steps == "trained" else 0
+
+    def _choose_steps(self, schedule: Schedule, seed: int, iteration: int) -> list[int]:
         """K steps, the same for all samples: groups that differ in them cannot be compared."""
-        trainable = rollout.schedule.trainable_steps
+        trainable = schedule.trainable_steps
         allowed = trainable[: max(self.trained_steps, math.ceil(self.step_fraction * len(trainable)))]
-        draw = torch.randperm(len(allowed), generator=generator(rollout.seed, "trained steps", iteration))
+        if self.window != "none":
+            first = self._window_start(len(allowed) - self.trained_steps, seed, iteration)
+            return list(allowed[first : first + self.trained_steps])
+        draw = torch.randperm(len(allowed), generator=generator(seed, "trained steps", iteration))
         return sorted(allowed[index] for index in draw[: self.trained_steps].tolist())
+
+    def _window_start(self, last: int, seed: int, iteration: int) -> int:
+        """Where the window begins, 0 to ``last``, both of which a progressive one visits (2507.21802)."""
+        if self.window == "random":
+            return int(torch.randint(last + 1, (), generator=generator(seed, "window", iteration)))
+        places = math.ceil(last / self.window_stride) + 1
+        return min(iteration // self.window_every % places * self.window_stride, last)
 
     def _focus(self, holes_n1HW: Tensor, latent_shape: tuple[int, ...]) -> Focus:
         if self.hole_aware == "none":
@@ -283,4 +357,5 @@ class GRPO:
             advantages_n=advantages.advantages_N[samples].to(device),
             shares_n=(advantages.weights_N[samples] / count.clamp(min=1)).to(device),
             reference_nCHW=references[chunk.samples][:, column] if references else None,
+            prediction_nCHW=chunk.trajectory.predictions[column] if chunk.trajectory.predictions else None,
         )

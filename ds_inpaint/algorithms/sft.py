@@ -20,6 +20,7 @@ from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Prepared, Rollout
 from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
 from ds_inpaint.workload import Deal, Forwards, Workload
+from ds_inpaint.zero_config import EngineSection
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class SFT:
         """One update per batch."""
         return 1
 
-    def check(self, sampler: Sampler) -> None:
+    def check(self, sampler: Sampler, engine: EngineSection) -> None:
         """Any sampler will do; only evaluations use it."""
 
     def workload(self, deal: Deal) -> Workload:
