@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -104,6 +104,8 @@ class SD:
             raise InputError(f"model.denoiser: {problem}")
         source = self._unet(folder)
         unet = create_denoiser(UNet2DConditionModel, source, placement, self.lora, LORA_TARGETS, entrances=("conv_in",))
+        if placement.channels_last:
+            unet.register_forward_pre_hook(channels_last)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
         return SDPolicy(
             denoiser=unet,
@@ -141,6 +143,12 @@ def _other_channels(unet: Path) -> str | None:
         f"the UNet in {unet} takes {channels} channels; an inpainting UNet takes 9 (4 noisy latents, 1 mask, "
         f"4 masked-image latents)."
     )
+
+
+def channels_last(unet: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A hook: convolutions lay out their outputs like their inputs. In weights ZeRO, which keeps them flat, undoes it."""
+    latents_NCHW, *others = inputs
+    return (latents_NCHW.contiguous(memory_format=torch.channels_last), *others)
 
 
 def _multiple(folder: Path, unet: Path) -> int:
