@@ -29,7 +29,7 @@ from ds_inpaint.errors import InputError
 from ds_inpaint.models.flux import LORA_TARGETS as FLUX_TARGETS
 from ds_inpaint.models.flux import Flux
 from ds_inpaint.models.sd import LORA_TARGETS as SD_TARGETS
-from ds_inpaint.models.sd import SD, channels_last
+from ds_inpaint.models.sd import SD, compute_channels_last
 from ds_inpaint.optimizer import OptimizerSection
 from ds_inpaint.sharded_load import INDEX, WHOLE, create
 from ds_inpaint.slots import EMA, Ema
@@ -151,7 +151,7 @@ def start(
         adapt(network, module)
     module.enable_gradient_checkpointing()
     if section.channels_last and network.kind is UNet2DConditionModel:
-        module.register_forward_pre_hook(channels_last)
+        compute_channels_last(module)
     engine = Engine(
         module, section, optimizer, ranks, total_steps=8, leaf_classes=network.leaf_blocks, ema=Ema(decay=0.5)
     )

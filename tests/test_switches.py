@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from ds_inpaint.errors import InputError
@@ -14,41 +15,36 @@ CPU = torch.device("cpu")
 
 
 class Block(nn.Module):
-    """Whose intermediate results bf16 rounds, if they are kept."""
+    """Called with what requires grad and what does not."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.scale = nn.Parameter(torch.randn(64, dtype=torch.bfloat16))
+        self.layer = nn.Linear(8, 8)
 
     def forward(self, values: Tensor, shift: Tensor) -> Tensor:
-        return silu(silu(values * self.scale) * self.scale + shift) * self.scale
+        return values + silu(self.layer(values) + shift)
 
 
-@pytest.fixture
-def compiled():
-    """A compiled block in a network, and the same block uncompiled."""
-    network = nn.Sequential(Block())
-    compile_blocks(network, [f"{__name__}.Block"])
-    yield network[0], Block()
-    torch._dynamo.reset()
-
-
-def test_a_compiled_rollout_equals_its_update_bit_for_bit(compiled):
-    block, plain = compiled
-    values, shift = (torch.randn(32, 64, dtype=torch.bfloat16) for _ in range(2))
+def test_a_compiled_rollout_runs_the_code_of_the_update():
+    """Code without gradients keeps other numbers in bf16: 0.008 lay between the two in the tiny Flux transformer."""
+    graphs = CompileCounter()
+    network, plain = nn.Sequential(Block()), Block()
+    compile_blocks(network, [f"{__name__}.Block"], backend=graphs)
+    values, shift = torch.randn(2, 3, 8)
     with torch.no_grad():
-        drawn = block(values, shift=shift)
-    values.requires_grad_()
-    found = block(values, shift)
-    assert torch.equal(found, drawn)
+        drawn = network[0](values, shift=shift)
     assert not drawn.requires_grad
-    torch.testing.assert_close(found, plain(values, shift), rtol=0.02, atol=0.02)
-    found.float().sum().backward()
-    gradients = values.grad, block.scale.grad
-    values.grad = None
-    plain(values, shift).float().sum().backward()
-    torch.testing.assert_close(gradients, (values.grad, plain.scale.grad), rtol=0.05, atol=0.2)
+    values.requires_grad_()
+    found = network[0](values, shift)
+    assert graphs.frame_count == 1
+    assert torch.equal(found, drawn)
+    gradients = torch.autograd.grad(found.sum(), [values, *network.parameters()])
+    wanted = torch.autograd.grad(plain(values, shift).sum(), [values, *plain.parameters()])
+    torch.testing.assert_close(gradients, wanted)
+    torch.testing.assert_close(found, plain(values, shift))
+    network[0](values[:2], shift[:2])
+    assert graphs.frame_count == 2
 
 
 def test_only_the_named_blocks_are_compiled():

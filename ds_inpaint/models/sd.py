@@ -105,7 +105,7 @@ class SD:
         source = self._unet(folder)
         unet = create_denoiser(UNet2DConditionModel, source, placement, self.lora, LORA_TARGETS, entrances=("conv_in",))
         if placement.channels_last:
-            unet.register_forward_pre_hook(channels_last)
+            compute_channels_last(unet)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
         return SDPolicy(
             denoiser=unet,
@@ -145,10 +145,18 @@ def _other_channels(unet: Path) -> str | None:
     )
 
 
-def channels_last(unet: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A hook: convolutions lay out their outputs like their inputs. In weights ZeRO, which keeps them flat, undoes it."""
-    latents_NCHW, *others = inputs
-    return (latents_NCHW.contiguous(memory_format=torch.channels_last), *others)
+def compute_channels_last(unet: nn.Module) -> None:
+    """Let convolutions compute with channels innermost in memory, as they lay out their outputs like their inputs.
+
+    Laying out their weights so would do the same, but ZeRO keeps weights flat.
+    """
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(_channels_last)
+
+
+def _channels_last(convolution: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    return inputs[0].contiguous(memory_format=torch.channels_last)
 
 
 def _multiple(folder: Path, unet: Path) -> int:
