@@ -126,6 +126,8 @@ def setup(section: EngineSection) -> Ranks:
     require_attention(section.attention, section.dtype, device)
     if section.compile:
         require_compiler(device)
+    # Of its Muon optimizer, which it imports for every other one; PyTorch's compiler would take two seconds to load.
+    deepspeed.runtime.compiler.compile = lambda: lambda function: function
     patience = timedelta(minutes=section.timeout_minutes)
     deepspeed.init_distributed(timeout=patience, verbose=False)
     return Ranks.of_this_run(local_rank, device, patience)
