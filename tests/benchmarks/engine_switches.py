@@ -4,12 +4,13 @@
 
 On 2 ranks under ZeRO-3 in fp32: the tiny models, and a UNet of 17 million random weights. The variants take turns,
 ROUNDS times (5 if left out), each with an engine of its own. Prints a Markdown table of medians of rank 0: seconds of a
-rollout's forward of 4 pictures, seconds of an update over twice 4 pictures, and megabytes of memory that the update takes
-at its peak. Compiling takes some minutes before anything is timed.
+rollout's forward of 4 pictures, seconds of an update over twice 4 pictures, and megabytes of memory that the update
+takes at its peak. Compiling takes some minutes before anything is timed.
 """
 
 from __future__ import annotations
 
+import gc
 import shutil
 import statistics
 import subprocess
@@ -153,9 +154,11 @@ def worker(rounds: int, folder: Path) -> None:
         table = {variant: Taken() for variant in VARIANTS}
         for section in VARIANTS.values():  # warms up, compiles
             measure(model, section, ranks, Taken())
-        for _ in range(rounds):
-            for variant, section in VARIANTS.items():
-                measure(model, section, ranks, table[variant])
+        for number in range(rounds):
+            order = list(VARIANTS)
+            for variant in order[number:] + order[:number]:
+                gc.collect()
+                measure(model, VARIANTS[variant], ranks, table[variant])
         if ranks.is_main:
             print(f"\n| {name} | rollout, s | update, s | peak of the update, MB |\n|---|---|---|---|")
             for variant, taken in table.items():
