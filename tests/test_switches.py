@@ -27,7 +27,7 @@ class Block(nn.Module):
 
 
 def test_a_compiled_rollout_runs_the_code_of_the_update():
-    """Code without gradients keeps other numbers in bf16: 0.008 lay between the two in a very small Flux transformer."""
+    """Code without gradients keeps other numbers in bf16: 0.008 lay between them in a very small Flux transformer."""
     graphs = CompileCounter()
     network, plain = nn.Sequential(Block()), Block()
     compile_blocks(network, [f"{__name__}.Block"], backend=graphs)
