@@ -30,6 +30,7 @@ from ds_inpaint.errors import DsInpaintError
 from ds_inpaint.optimizer import OptimizerSection, build_optimizer, clip_and_skip, learning_rate_factor
 from ds_inpaint.shards import find_shards
 from ds_inpaint.slots import EMA, NO_EMA, Ema, Slots
+from ds_inpaint.switches import attention, compile_blocks
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ class Engine:
         self._swapped = False
         self._backwards = 0
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        plain = build_optimizer(optimizer, trained, ranks.device)
+        plain = build_optimizer(optimizer, trained)
+        if section.compile:
+            compile_blocks(module, leaf_classes)
         self._deepspeed = _initialize(module, plain, section, optimizer, ranks.device, total_steps, leaf_classes)
         shards = find_shards(self._deepspeed, section, trained)
         self._slots = Slots(shards)
@@ -118,7 +121,8 @@ class Engine:
         wants_grad = torch.is_grad_enabled()
         if wants_grad and self._swapped:
             raise RuntimeError("A weight slot is not trained: call the engine under torch.no_grad() in weights().")
-        output = self._deepspeed(*args, **inputs)
+        with attention(self._section.attention):
+            output = self._deepspeed(*args, **inputs)
         self._waiting += wants_grad
         return output
 
@@ -135,8 +139,9 @@ class Engine:
         """
         if not self._waiting:
             raise RuntimeError("backward() without a forward before it: call the engine with gradients first.")
-        # DeepSpeed averages over the ranks; the contract here is a sum.
-        self._deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+        with attention(self._section.attention):  # some of the forward may be computed again
+            # DeepSpeed averages over the ranks; the contract here is a sum.
+            self._deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
         self._waiting -= 1
         self._backwards += 1
 

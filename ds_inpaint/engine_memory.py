@@ -64,11 +64,9 @@ class EngineMemory:
 
     @property
     def step(self) -> int:
-        """Bytes that an optimizer step takes: gradients, a flat copy of them, and what AdamW makes."""
+        """Bytes that an optimizer step takes: gradients and a flat copy of them."""
         copies = 4 * self.shard if self.stage in (1, 2) and not self.rounded else 0
-        # Unfused, it holds a root and a quotient of a flat tensor's second moments.
-        unfused = 8 * self.shard if self.stage and self.recipe.optimizer.name == "adamw" and not self.gpu else 0
-        return self._gradients_of_an_update + max(copies, unfused)
+        return self._gradients_of_an_update + copies
 
     @property
     def _keeps_gradients(self) -> bool:

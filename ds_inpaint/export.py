@@ -146,7 +146,9 @@ def _load(recipe: Recipe) -> Policy:
     """The model that training started from, as the engine got it, on the CPU of this process."""
     alone, section = Ranks(0, 1, torch.device("cpu")), replace(recipe.engine, zero_stage=2)
     policy: Policy = recipe.model.load(
-        Placement(alone.device, section.dtype, False, lambda build, folder: create(build, folder, section, alone))
+        Placement(
+            alone.device, section.dtype, False, False, lambda build, folder: create(build, folder, section, alone)
+        )
     )
     return policy
 

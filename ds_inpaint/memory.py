@@ -43,7 +43,7 @@ def estimate(
         world_size: ranks, one to a GPU.
         workloads: of a rank, in an iteration and in an evaluation.
         prepared: whether all triples were encoded beforehand, so that no text encoder loads.
-        gpu: false for ranks on a CPU, where gradients do not travel while others are computed and AdamW is not fused.
+        gpu: false for ranks on a CPU, where gradients do not travel while others are computed.
     """
     workloads = list(workloads)
     outline, size = costs.outline, recipe.engine.dtype.itemsize

@@ -31,9 +31,7 @@ class OptimizerSection:
     warmup_steps: int = key(0, "Updates over which the learning rate rises linearly.", at_least=0)
 
 
-def build_optimizer(
-    section: OptimizerSection, trained: Sequence[nn.Parameter], device: torch.device
-) -> torch.optim.Optimizer:
+def build_optimizer(section: OptimizerSection, trained: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of a recipe over these parameters, all in one group."""
     if section.name == "sgd":
         return torch.optim.SGD(trained, lr=section.learning_rate, weight_decay=section.weight_decay)
@@ -43,7 +41,7 @@ def build_optimizer(
         betas=(section.beta1, section.beta2),
         eps=section.eps,
         weight_decay=section.weight_decay,
-        fused=device.type == "cuda",
+        fused=True,
     )
 
 
@@ -63,9 +61,8 @@ def memory_of(optimizer: torch.optim.Optimizer, owner: Tensor, name: str) -> Ten
 
 def restore_memory(optimizer: torch.optim.Optimizer, owner: Tensor, steps: float, memories: dict[str, Tensor]) -> None:
     """Let AdamW go on from ``steps`` steps and these memories."""
-    # Its fused form, for GPUs, counts on the device.
-    device = owner.device if optimizer.defaults["fused"] else "cpu"
-    optimizer.state[owner] = {"step": torch.tensor(steps, device=device), **memories}
+    # The fused form counts on the device.
+    optimizer.state[owner] = {"step": torch.tensor(steps, device=owner.device), **memories}
 
 
 def learning_rate_factor(section: OptimizerSection, step: int, total_steps: int) -> float:

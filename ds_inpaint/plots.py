@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 
 def draw_reward_curve(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     """Draw the training and the held-out reward against the iteration.
@@ -18,6 +15,10 @@ def draw_reward_curve(path: Path, rows: Sequence[dict[str, Any]], title: str) ->
         rows: the objects of ``metrics.jsonl``.
         title: printed above.
     """
+    # It takes half a second, and runs draw at their end only.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

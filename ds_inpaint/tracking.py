@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import wandb
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -70,11 +69,11 @@ class Tracker:
         bar = tqdm(total=total, initial=max(0, logged), desc=name, unit="it", dynamic_ncols=True)
         self._bar = self._open.enter_context(bar)
         self._open.enter_context(logging_redirect_tqdm())
-        self._wandb = (
-            None
-            if recipe.wandb == "disabled"
-            else wandb.init(project=recipe.project, name=name, dir=folder, mode=recipe.wandb, config=resolved)
-        )
+        self._wandb: Any = None
+        if recipe.wandb != "disabled":
+            import wandb  # it takes half a second, in commands that never use it too
+
+            self._wandb = wandb.init(project=recipe.project, name=name, dir=folder, mode=recipe.wandb, config=resolved)
 
     def log(self, metrics: dict[str, float]) -> None:
         """Add the row of one iteration; numbers that are not finite are written as null."""

@@ -80,6 +80,7 @@ def _build(recipe: Recipe, ranks: Ranks) -> tuple[Policy, Engine]:
         ranks.device,
         recipe.engine.dtype,
         recipe.engine.activation_checkpointing,
+        recipe.engine.channels_last,
         lambda build, folder: create(build, folder, recipe.engine, ranks),
     )
     with ranks.together():

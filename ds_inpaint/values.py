@@ -134,6 +134,8 @@ class Placement:
     dtype: torch.dtype
     """Numbers that the denoiser and the frozen parts compute in."""
     activation_checkpointing: bool
+    channels_last: bool
+    """Whether convolutions compute with channels innermost in memory."""
     create: Callable[[Callable[[], nn.Module], Path], nn.Module]
     """Builds the denoiser with the weights of a diffusers folder, divided among the ranks if the engine does so."""
 

@@ -22,6 +22,7 @@ from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import InputError
 from ds_inpaint.keys import Impossible, key
 from ds_inpaint.machines import interface_towards
+from ds_inpaint.switches import AUTO, BACKENDS, require_attention, require_compiler, use_tf32
 from ds_inpaint.values import PRECISIONS
 
 
@@ -58,6 +59,24 @@ class EngineSection:
         "ZeRO-3: weight elements gathered ahead; at least those of the largest block.",
         at_least=0,
     )
+    compile: bool = key(
+        False,
+        "Compile the repeated blocks of the denoiser, which takes minutes at the start and for every further size of "
+        "pictures; needs a C++ compiler.",
+    )
+    attention: str = key(
+        AUTO,
+        "Kernel of the denoiser's attention; auto leaves it to PyTorch. cudnn can be the fastest on H100.",
+        choices=(AUTO, *BACKENDS),
+    )
+    channels_last: bool = key(
+        False,
+        "Lay out what convolutions compute (SD's UNet, all VAEs) with channels innermost, as tensor cores want it.",
+    )
+    tf32: bool = key(
+        False,
+        "GPUs: round the factors of fp32 products to 10 bits of mantissa, much faster; false computes in full fp32.",
+    )
     timeout_minutes: float = key(
         60.0, "Minutes that ranks wait for one another, as for slow rewards, before they give up.", above=0
     )
@@ -85,7 +104,8 @@ def setup(section: EngineSection) -> Ranks:
     """Join the other processes of the run, or make a run of one when no launcher started this one.
 
     Raises:
-        InputError: a launcher set only some of the variables, there are more ranks than GPUs, or no way to rank 0.
+        InputError: a launcher set only some of the variables, there are more ranks than GPUs, no way to rank 0, or
+            this machine cannot compile or lacks the attention kernel that the section wants.
     """
     # Advice to DeepSpeed's own developers, on every rank and step; what fails still raises.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -107,6 +127,12 @@ def setup(section: EngineSection) -> Ranks:
         device = torch.device("cpu")
         # Without this DeepSpeed compiles a shared-memory operator, which needs a C++ compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    use_tf32(section.tf32)
+    require_attention(section.attention, section.dtype, device)
+    if section.compile:
+        require_compiler(device)
+    # Of its Muon optimizer, which it imports for every other one; PyTorch's compiler would take two seconds to load.
+    deepspeed.runtime.compiler.compile = lambda: lambda function: function
     patience = timedelta(minutes=section.timeout_minutes)
     deepspeed.init_distributed(timeout=patience, verbose=False)
     return Ranks.of_this_run(device, patience)

@@ -10,8 +10,10 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
@@ -19,6 +21,7 @@ from engine_worker import FP32, SGD, bitwise, message, relative_error, same, slo
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ds_inpaint import engine as ds_engine
 from ds_inpaint.adapters import LoRA, attach
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.engine import Engine
@@ -26,11 +29,12 @@ from ds_inpaint.errors import InputError
 from ds_inpaint.models.flux import LORA_TARGETS as FLUX_TARGETS
 from ds_inpaint.models.flux import Flux
 from ds_inpaint.models.sd import LORA_TARGETS as SD_TARGETS
-from ds_inpaint.models.sd import SD
+from ds_inpaint.models.sd import SD, compute_channels_last
 from ds_inpaint.optimizer import OptimizerSection
 from ds_inpaint.sharded_load import INDEX, WHOLE, create
 from ds_inpaint.slots import EMA, Ema
 from ds_inpaint.stored_checkpoint import read_weights
+from ds_inpaint.switches import compile_blocks
 from ds_inpaint.zero_config import EngineSection, setup
 
 ADAMW = OptimizerSection(learning_rate=0.01)
@@ -146,6 +150,8 @@ def start(
     if adapted:
         adapt(network, module)
     module.enable_gradient_checkpointing()
+    if section.channels_last and network.kind is UNet2DConditionModel:
+        compute_channels_last(module)
     engine = Engine(
         module, section, optimizer, ranks, total_steps=8, leaf_classes=network.leaf_blocks, ema=Ema(decay=0.5)
     )
@@ -177,6 +183,16 @@ def check_bf16_load(network: Network, folder: Path, ranks: Ranks) -> dict[str, b
     return found
 
 
+def check_switches(
+    name: str, folder: Path, section: EngineSection, adapted: bool, ranks: Ranks
+) -> dict[str, dict[str, Any]]:
+    """All speed switches at once, without the compiler itself, which would take minutes."""
+    section = replace(section, compile=True, attention="math", channels_last=True)
+    traced = partial(compile_blocks, backend="aot_eager")
+    with patch.object(ds_engine, "compile_blocks", traced):
+        return check_training(NETWORKS[name], folder, section, adapted, ranks)
+
+
 def check_training(
     network: Network, folder: Path, section: EngineSection, adapted: bool, ranks: Ranks
 ) -> dict[str, dict[str, Any]]:
@@ -196,12 +212,16 @@ def check_training(
             module.enable_gradient_checkpointing(call_block)
         with torch.no_grad():
             rolled_out = engine(*inputs_of(network), return_dict=False)[0]
+        found[case] = {"rollout_error": relative_error({"": rolled_out}, {"": wanted}), "same_as_drawn": True}
         for row in (2 * ranks.rank, 2 * ranks.rank + 1):
-            prediction = engine(*inputs_of(network, slice(row, row + 1)), return_dict=False)[0]
+            own = inputs_of(network, slice(row, row + 1))
+            with torch.no_grad():
+                drawn = engine(*own, return_dict=False)[0]
+            prediction = engine(*own, return_dict=False)[0]
+            found[case]["same_as_drawn"] &= torch.equal(prediction, drawn)
             engine.backward(prediction.square().sum() / wanted.numel())
         engine.step()
         after = engine.state_dict()
-        found[case] = {"rollout_error": relative_error({"": rolled_out}, {"": wanted})}
         if after is not None:
             moved = {name: after[name] - before[name] for name in before}
             wanted_move = {name: each.detach() - before[name] for name, each in trained.items()}
@@ -302,12 +322,16 @@ def check_all(ranks: Ranks, folder: Path) -> dict[str, Any]:
     if ranks.is_main:
         write_networks(folder)
     ranks.barrier()
-    found: dict[str, Any] = {"load": {}, "training": {}, "resume": {}}
+    found: dict[str, Any] = {"load": {}, "training": {}, "switches": {}, "resume": {}}
     for name, network in NETWORKS.items():
         found["load"][name] = check_bf16_load(network, folder / name, ranks)
         for stage, section, adapted in (("zero3", FP32, False), ("zero2", ZERO2, True), ("zero3", FP32, True)):
             found["training"][name, stage, adapted] = check_training(
                 network, folder / f"{name}_parts", section, adapted, ranks
+            )
+        for stage, section, adapted in (("zero2", ZERO2, False), ("zero3", FP32, True)):
+            found["switches"][name, stage, adapted] = check_switches(
+                name, folder / f"{name}_parts", section, adapted, ranks
             )
     for stage, section in {"zero2": ZERO2, "zero3": FP32}.items():
         found["resume"][stage] = check_adapter_resume(

@@ -19,7 +19,9 @@ from ds_inpaint.values import Batch, Placement, Policy
 SAMPLERS = {"sd": lambda steps: DDIM(steps, eta=0.0), "flux": ODE}
 
 
-def placement(dtype: torch.dtype = torch.float32, activation_checkpointing: bool = False) -> Placement:
+def placement(
+    dtype: torch.dtype = torch.float32, activation_checkpointing: bool = False, channels_last: bool = False
+) -> Placement:
     """A CPU, without an engine."""
 
     def create(build: Any, folder: Path) -> nn.Module:
@@ -27,7 +29,7 @@ def placement(dtype: torch.dtype = torch.float32, activation_checkpointing: bool
         module.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
         return module.to(dtype)
 
-    return Placement(torch.device("cpu"), dtype, activation_checkpointing, create)
+    return Placement(torch.device("cpu"), dtype, activation_checkpointing, channels_last, create)
 
 
 def two_triples(height: int, width: int) -> Batch:

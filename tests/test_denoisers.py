@@ -23,10 +23,12 @@ def test_a_loaded_network_equals_that_of_from_pretrained_bit_for_bit(found):
             assert all(checks.values()), (case, checks)
 
 
-def test_training_equals_plain_pytorch(found):
-    """Leaf blocks under ZeRO-3; with adapters, blocks that only frozen layers feed."""
-    for case, checks in found[0]["training"].items():
+@pytest.mark.parametrize("settings", ["training", "switches"])
+def test_training_equals_plain_pytorch(found, settings):
+    """Leaf blocks under ZeRO-3; with adapters, blocks that only frozen layers feed; also with all speed switches."""
+    for case, checks in found[0][settings].items():
         for activations in ("recomputed", "kept"):
+            assert checks[activations]["same_as_drawn"], (case, activations)
             assert checks[activations]["rollout_error"] < 1e-6, (case, activations)
             assert checks[activations]["update_error"] < 2e-5, (case, activations)
 

@@ -19,7 +19,7 @@ FLOORS = (
     "processes regions gaussian noise masks scores policy_gradient advantages preference ranks combiners "
     "fidelity brushnet_protocol statistics workload",
     "images holes",
-    "values outline denoising sampling samplers tracing costs",
+    "values outline denoising sampling samplers tracing costs switches",
     "data scan outputs cache datasets rows",
     "rewards machines distributed adapters models embedded_server plots tracking",
     "reward_traffic reward_channel reward_failover reward_routes reward_wire reward_lane",

@@ -22,8 +22,8 @@ MODEL = "recipes/tiny/models/sd"
 TIMES = torch.full((2,), 401.0)
 
 
-def load(path=MODEL, dtype=torch.float32, checkpointing=False, **keys):
-    return SD(path=str(path), **keys).load(placement(dtype, checkpointing))
+def load(path=MODEL, dtype=torch.float32, checkpointing=False, channels_last=False, **keys):
+    return SD(path=str(path), **keys).load(placement(dtype, checkpointing, channels_last))
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,17 @@ def test_the_condition_is_what_diffusers_makes_of_prompt_mask_and_image(pipeline
     assert torch.equal(given["text"], torch.cat(texts))
     assert torch.equal(given["masked_latents"], masked_latents)
     assert torch.equal(given["hole"], functional.interpolate(batch.holes_B1HW.float(), size=(16, 16)))
+
+
+def test_channels_last_changes_only_how_memory_is_laid_out(policy, batch):
+    other, layouts = load(guidance=3.0, channels_last=True), []
+    for last in (other.denoiser.conv_out, other.codec.vae.decoder.conv_out):
+        last.register_forward_hook(
+            lambda conv, inputs, output: layouts.append(output.is_contiguous(memory_format=torch.channels_last))
+        )
+    for ours, theirs in zip(draw("sd", other, batch, 2), draw("sd", policy, batch, 2), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert layouts == [True] * 3
 
 
 def test_whole_images_are_encoded_to_what_decodes_to_them(pipeline, policy, batch):

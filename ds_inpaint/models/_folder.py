@@ -140,7 +140,8 @@ def load_vae(folder: Path, placement: Placement) -> AutoencoderKL:
     """
     with _readable(folder / "vae"):
         vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=placement.dtype)
-    return vae.to(placement.device).eval().requires_grad_(False)
+    layout = torch.channels_last if placement.channels_last else torch.contiguous_format
+    return vae.to(placement.device, memory_format=layout).eval().requires_grad_(False)
 
 
 def load_text(network: Any, tokenizer: Any, folder: Path, suffix: str, placement: Placement) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -109,6 +109,8 @@ class SD(Family):
             raise InputError(f"model.denoiser: {problem}")
         source = self._unet(folder)
         unet = create_denoiser(UNet2DConditionModel, source, placement, self.lora, LORA_TARGETS, ENTRANCES)
+        if placement.channels_last:
+            compute_channels_last(unet)
         text = PromptCache(SDText(folder, placement), placement.device)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
         vae = load_vae(folder, placement)
@@ -187,6 +189,20 @@ def _other_channels(unet: Path) -> str | None:
         f"the UNet in {unet} takes {channels} channels; an inpainting UNet takes 9 (4 noisy latents, 1 mask, "
         f"4 masked-image latents)."
     )
+
+
+def compute_channels_last(unet: nn.Module) -> None:
+    """Let convolutions compute with channels innermost in memory, as they lay out their outputs like their inputs.
+
+    Laying out their weights so would do the same, but ZeRO keeps weights flat.
+    """
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(_channels_last)
+
+
+def _channels_last(convolution: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    return inputs[0].contiguous(memory_format=torch.channels_last)
 
 
 def _multiple(vae: Mapping[str, Any], unet: Mapping[str, Any]) -> int:
