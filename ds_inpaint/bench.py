@@ -223,10 +223,11 @@ def _methods(run: TrainingRun, phases: Phases) -> list[tuple[type, str, Around]]
     return [
         (TrainingRun, "iterate", always("the rest")),
         (TrainingRun, "update", always("update: the rest")),
-        (Rollout, "prepare", always("load and encode")),
+        (Rollout, "prepare", always("load")),
+        (policy, "encode", always("encode")),
+        (policy, "encode_images", always("encode")),
         (Rollout, "generate", always("rollout: the rest")),
         (policy, "decode", always("decode")),
-        (policy, "encode_images", always("load and encode")),
         (RewardClient, "submit", always("send to the scorers")),
         (RewardClient, "collect", always("wait for the scores")),
         (Engine, "__call__", phases.calls(forwards)),

@@ -171,7 +171,7 @@ def test_the_command_measures_a_recipe(recipe, run_ranks, tmp_path):
         *("iteration", "phased_iteration", "engine_calls", "engine_steps", "module_calls", "checkpoint")
     }
     assert found["phases"].keys() == {
-        *("load and encode", "rollout: forwards", "rollout: the rest", "decode", "send to the scorers"),
+        *("load", "encode", "rollout: forwards", "rollout: the rest", "decode", "send to the scorers"),
         *("wait for the scores", "reference: forwards", "reference: weights", "update: forwards", "update: backwards"),
         *("update: the rest", "optimizer step", "moving average", "other ranks", "the rest"),
     }

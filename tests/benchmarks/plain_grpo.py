@@ -1,12 +1,13 @@
 """Samples per second of GRPO as public trainers often write it, against ``ds_inpaint.bench``, on the tiny SD recipe.
 
     python -m ds_inpaint.photos data/photos
-    python tests/benchmarks/plain_grpo.py [PAIRS]
+    OMP_NUM_THREADS=1 python tests/benchmarks/plain_grpo.py [PAIRS]
 
 The plain one draws one image at a time, asks for its reward over HTTP (JSON with base64 PNGs) before it draws the next,
 goes through image after image and step after step again to learn, and averages all weights after each update. It is
-plain PyTorch without an engine. Both are processes of one rank on the same cores, with the same model, samples and
-reward, in turns; and both compute the same: log-probs, advantages and gradient norm of the first iteration must agree.
+plain PyTorch without an engine, which ours pays for. Both are processes of one rank on the same cores, with the same
+model, samples and reward, in turns; and both compute the same: log-probs, advantages and gradient norm of the first
+iteration must agree. On shared cores more threads would let small calls wait for each other.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class PlainGRPO:
             self.weights, rule.learning_rate, (rule.beta1, rule.beta2), rule.eps, rule.weight_decay
         )
         size = (recipe.data.size, recipe.data.size)
-        self.schedule, self.latent_shape = recipe.sampler.schedule(self.policy.process(*size)), size
+        self.schedule = recipe.sampler.schedule(self.policy.process(*size))
         self.latent_shape = self.policy.latent_shape(*size)
         self.trained = self.schedule.trainable_steps[: recipe.algorithm.trained_steps]
         self.rows = read_rows(recipe.data.train, recipe.data, recipe.data.root)
