@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import sys
@@ -54,11 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
     parser.add_argument(
-        "--peak-tflops", type=float, metavar="X", help="of one rank's device, to tell the share that is used (MFU)"
+        "--peak-tflops", type=_rate, metavar="X", help="of one rank's device, to tell the share that is used (MFU)"
     )
     parser.add_argument("--no-module", action="store_true", help="do not compare with a plain module")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(arguments)
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.parent}; give a file in one that exists")
     return run_command(lambda: _run(options))
 
 
@@ -66,6 +69,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("give at least 1")
+    return number
+
+
+def _rate(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError("give a number above 0, in 10^12 operations a second")
     return number
 
 
@@ -80,8 +90,7 @@ def _bench(recipe: Recipe, ranks: Ranks, options: argparse.Namespace) -> None:
     with _folder(recipe, ranks) as folder:
         recipe = _measurable(recipe, folder, total)
         with assembled(recipe, ranks) as run:
-            tracker = Tracker(recipe.tracking, folder, recipe.run.name, -1, total, plain(recipe), ranks.is_main)
-            with tracker:
+            with Tracker(recipe.tracking, folder, recipe.run.name, -1, total, plain(recipe), ranks.is_main) as tracker:
                 bench = Bench(run, tracker, with_module=not options.no_module)
                 rounds, peak = bench.measure(options.warmup, options.iterations)
     measured = report(
@@ -111,10 +120,11 @@ def _folder(recipe: Recipe, ranks: Ranks) -> Iterator[Path]:
     """A temporary folder on the disk of the run folder, the same for all ranks."""
     with ExitStack() as stack:
         folder = ""
-        if ranks.is_main:
-            recipe.run.dir.parent.mkdir(parents=True, exist_ok=True)
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench.", dir=recipe.run.dir.parent))
-            stack.enter_context(opened(replace(recipe, run=replace(recipe.run, dir=Path(folder), resume="auto"))))
+        with ranks.together():
+            if ranks.is_main:
+                recipe.run.dir.parent.mkdir(parents=True, exist_ok=True)
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench.", dir=recipe.run.dir.parent))
+                stack.enter_context(opened(replace(recipe, run=replace(recipe.run, dir=Path(folder), resume="auto"))))
         shared = Path(ranks.broadcast(folder))
         require_shared(shared, ranks)
         yield shared

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from ds_inpaint import bench
 from ds_inpaint.bare_calls import Bare, Call, Recorder, flops
 from ds_inpaint.bench_report import OVERHEADS, Round, Setting, report, table
 from ds_inpaint.phases import Phases, wrapped
@@ -181,3 +182,17 @@ def test_the_command_measures_a_recipe(recipe, run_ranks, tmp_path):
     assert found["tflop_per_rank"] > 0
     assert found["mfu"] > 0
     assert found["peak_memory_bytes"][0] > 2**27
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--iterations=0", "give at least 1"),
+        ("--peak-tflops=0", "give a number above 0"),
+        ("--json=nowhere/bench.json", "there is no folder nowhere"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_refused_before_anything_is_measured(recipe, capsys, flag, words):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main([str(recipe), flag])
+    assert words in capsys.readouterr().err
