@@ -89,10 +89,12 @@ def _bench(recipe: Recipe, ranks: Ranks, options: argparse.Namespace) -> None:
     total = options.warmup + 2 * options.iterations
     with _folder(recipe, ranks) as folder:
         recipe = _measurable(recipe, folder, total)
-        with assembled(recipe, ranks) as run:
-            with Tracker(recipe.tracking, folder, recipe.run.name, -1, total, plain(recipe), ranks.is_main) as tracker:
-                bench = Bench(run, tracker, with_module=not options.no_module)
-                rounds, peak = bench.measure(options.warmup, options.iterations)
+        with (
+            assembled(recipe, ranks) as run,
+            Tracker(recipe.tracking, folder, recipe.run.name, -1, total, plain(recipe), ranks.is_main) as tracker,
+        ):
+            bench = Bench(run, tracker, with_module=not options.no_module)
+            rounds, peak = bench.measure(options.warmup, options.iterations)
     measured = report(
         Setting(
             recipe=str(options.recipe),
