@@ -50,6 +50,24 @@ def train(recipe: Recipe, ranks: Ranks, start: Path | None) -> None:
             up to the last finished iteration are checkpointed first.
     """
     limit = TimeLimit(recipe.run.max_hours)
+    with assembled(recipe, ranks) as run:
+        progress = Progress() if start is None else run.resume(start)
+        with Tracker(
+            recipe.tracking,
+            run.folder,
+            recipe.run.name,
+            progress.logged,
+            recipe.run.iterations,
+            plain(recipe),
+            ranks.is_main,
+        ) as tracker:
+            run.go(progress, tracker, limit)
+        run.finish()
+
+
+@contextmanager
+def assembled(recipe: Recipe, ranks: Ranks) -> Iterator[TrainingRun]:
+    """Within this context a run stands ready: its data, its reward servers, its model in an engine. Collective."""
     with ranks.together():
         train_rows, heldout_rows = (
             read_rows(file, recipe.data, recipe.data.root) for file in (recipe.data.train, recipe.data.heldout)
@@ -59,19 +77,7 @@ def train(recipe: Recipe, ranks: Ranks, start: Path | None) -> None:
         rewards = stack.enter_context(connect(recipe.rewards, folder / "reward_server.log", ranks, stack))
         policy, engine = _build(recipe, ranks)
         stack.enter_context(engine)
-        run = TrainingRun(recipe, folder, ranks, rewards, policy, engine, train_rows, heldout_rows)
-        progress = Progress() if start is None else run.resume(start)
-        with Tracker(
-            recipe.tracking,
-            folder,
-            recipe.run.name,
-            progress.logged,
-            recipe.run.iterations,
-            plain(recipe),
-            ranks.is_main,
-        ) as tracker:
-            run.go(progress, tracker, limit)
-        run.finish()
+        yield TrainingRun(recipe, folder, ranks, rewards, policy, engine, train_rows, heldout_rows)
 
 
 def _build(recipe: Recipe, ranks: Ranks) -> tuple[Policy, Engine]:

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
-    "errors stopping keys pixels",
+    "errors stopping keys pixels phases bare_calls bench_report",
     "yaml_tree key_types sections extends schema json_schema framing",
     "processes regions gaussian noise masks scores policy_gradient advantages preference ranks combiners "
     "fidelity brushnet_protocol statistics workload",
@@ -31,7 +31,7 @@ FLOORS = (
     "recipe recipe_schema recipe_diff run_folder model_card commands export policies",
     "gpus engine_memory memory duration plan remedies check_text",
     "meter trainer",
-    "photos run check prepare sample evaluate launcher",
+    "photos run check bench prepare sample evaluate launcher",
 )
 """Files and folders of ds_inpaint, bottom first. Each imports only what stands below it or left of it."""
 
