@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -22,11 +20,6 @@ class Call:
     named: dict[str, Any]
     with_gradient: bool
     """Whether a backward follows."""
-
-    def shape(self) -> tuple[object, ...]:
-        """Equal for calls that cost the same."""
-        values = (*self.inputs, *self.named.values())
-        return tuple((tuple(value.shape), value.dtype) for value in values if isinstance(value, Tensor))
 
 
 class Recorder:
@@ -94,31 +87,3 @@ class Bare:
             output = self.forward(*call.inputs, **call.named)
             if call.with_gradient:
                 self.backward(output[0].float().mean())
-
-
-def flops(updates: Sequence[Sequence[Call]], forward: Callable[..., Any], *, all_trained: bool) -> int:
-    """Floating-point operations of the calls, without those that activation checkpointing repeats.
-
-    A forward is counted as it runs. Its backward costs as much for the activations, and as much again for the weights;
-    that of adapters, which are a hundredth of the weights, is left out.
-
-    Args:
-        updates: the calls.
-        forward: of the denoiser.
-        all_trained: whether its own weights are trained, not adapters.
-    """
-    of_shape: dict[tuple[object, ...], int] = {}
-    backward, total = 1 + all_trained, 0
-    for call in (call for update in updates for call in update):
-        if call.shape() not in of_shape:
-            of_shape[call.shape()] = _forward_flops(call, forward)
-        total += of_shape[call.shape()] * (1 + backward * call.with_gradient)
-    return total
-
-
-@torch.no_grad()
-def _forward_flops(call: Call, forward: Callable[..., Any]) -> int:
-    # Attention as matrix products: of its fused forms PyTorch counts some only, none of the CPU's.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        forward(*call.inputs, **call.named)
-    return counter.get_total_flops()

@@ -3,9 +3,10 @@
     python -m ds_inpaint.bench recipes/tiny/grpo_sd.yaml [section.key=value ...] [--iterations N] [--json FILE]
     deepspeed --num_gpus 8 -m ds_inpaint.bench recipes/grpo_flux.yaml --peak-tflops 989
 
-Trains in a temporary folder beside ``run.dir``. Each round is an iteration as it is, the next one with its phases
-measured, and the first one's forwards and backwards alone: on the engine, and on a plain module, whose weights and
-gradients must fit beside the engine (--no-module leaves it out).
+Trains in a temporary folder beside ``run.dir``. Each round is an iteration as it is, the same again with its phases
+measured, and its forwards and backwards alone: on the engine, and on a plain module, whose weights and
+gradients must fit beside the engine (--no-module leaves it out). --random-weights flux-12b or sd15 takes the shape of
+that model, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -21,48 +22,74 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ds_inpaint.bare_calls import Bare, Call, Recorder, flops
-from ds_inpaint.bench_report import Round, Setting, report, table
+from ds_inpaint.bare_calls import Bare, Call, Recorder
+from ds_inpaint.bench_report import Flops, Peaks, Round, Setting, report, table
 from ds_inpaint.commands import leaving, run_command
+from ds_inpaint.data import rows_of_iteration
 from ds_inpaint.distributed import Ranks
+from ds_inpaint.duration import Assumptions, Machine
 from ds_inpaint.engine import Engine
+from ds_inpaint.gpus import GPUS, known_as
 from ds_inpaint.phases import Around, Phases, wrapped
+from ds_inpaint.plan import Plan, make_plan, read_sizes
 from ds_inpaint.recipe import Recipe, load_recipe
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Rollout
 from ds_inpaint.run_folder import opened, require_shared
 from ds_inpaint.schema import plain
-from ds_inpaint.sharded_load import create
 from ds_inpaint.slots import Slots
+from ds_inpaint.switches import compile_blocks
 from ds_inpaint.tracking import Tracker
-from ds_inpaint.trainer import Progress, TrainingRun, assembled
-from ds_inpaint.values import Placement
+from ds_inpaint.trainer import Progress, TrainingRun, assembled, place
+from ds_inpaint.values import Placement, Policy
 from ds_inpaint.zero_config import setup
+
+Load = Callable[[Placement], Policy]
+"""Makes a model."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, check the recipe, measure; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="ds_inpaint.bench", description=__doc__.split("\n")[0])
+    options = _parser().parse_intermixed_args(arguments)
+    return run_command(lambda: _run(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    title, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m ds_inpaint.bench",
+        description=f"{title}\n{rest}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("recipe", type=Path, help="YAML recipe, see recipes/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe keys to change")
     parser.add_argument("--iterations", type=_positive, default=5, metavar="N", help="rounds to measure (default 5)")
     parser.add_argument(
         "--warmup", type=_positive, default=2, metavar="N", help="iterations before them (default 2), of peak memory"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
+    parser.add_argument("--json", type=_writable, metavar="FILE", help="where to write the figures")
     parser.add_argument(
-        "--peak-tflops", type=_rate, metavar="X", help="of one rank's device, to tell the share that is used (MFU)"
+        "--peak-tflops",
+        type=_rate,
+        metavar="X",
+        help="of one rank's device, to tell the share that is used (MFU); of the GPUs that ds_inpaint.check knows it "
+        "need not be given",
+    )
+    parser.add_argument(
+        "--random-weights",
+        metavar="SHAPE",
+        help="random weights, and prompts' encodings, in the shape of a published model: flux-12b or sd15",
     )
     parser.add_argument("--no-module", action="store_true", help="do not compare with a plain module")
+    parser.add_argument("--no-checkpoint", action="store_true", help="write none, where the disk is too small")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_intermixed_args(arguments)
-    if options.json is not None and not options.json.parent.is_dir():
-        parser.error(f"--json: there is no folder {options.json.parent}; give a file in one that exists")
-    return run_command(lambda: _run(options))
+    return parser
 
 
 def _positive(text: str) -> int:
@@ -79,6 +106,13 @@ def _rate(text: str) -> float:
     return number
 
 
+def _writable(text: str) -> Path:
+    file = Path(text)
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {file.parent}; give a file in one that exists")
+    return file
+
+
 def _run(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides, int(os.environ.get("WORLD_SIZE", 1)))
     ranks = setup(recipe.engine)
@@ -86,19 +120,31 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _bench(recipe: Recipe, ranks: Ranks, options: argparse.Namespace) -> None:
-    total = options.warmup + 2 * options.iterations
+    total = options.warmup + options.iterations
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+    gpu = known_as(device)
+    # What is asked of the plan is the same on every GPU.
+    machine = Machine(gpu or GPUS["h100"], ranks.world_size, Assumptions())
+    shape: str | None = options.random_weights
+    with ranks.together():
+        configs = recipe.model.configs() if shape is None else recipe.model.published(shape)
+        plan = make_plan(recipe, configs, read_sizes(recipe), machine)
+    load: Load = recipe.model.load if shape is None else partial(recipe.model.drawn, configs)
     with _folder(recipe, ranks) as folder:
         recipe = _measurable(recipe, folder, total)
         with (
-            assembled(recipe, ranks) as run,
+            assembled(recipe, ranks, load) as run,
             Tracker(recipe.tracking, folder, recipe.run.name, -1, total, plain(recipe), ranks.is_main) as tracker,
         ):
-            bench = Bench(run, tracker, with_module=not options.no_module)
-            rounds, peak = bench.measure(options.warmup, options.iterations)
+            bench = Bench(run, tracker, plan)
+            peak = bench.warm_up(options.warmup)
+            module = None if options.no_module else bench.plain_module(load, options.warmup)
+            rounds = [bench.round(options.warmup + number, module) for number in range(options.iterations)]
+            checkpoint = None if options.no_checkpoint else bench.checkpoint(total)
     measured = report(
         Setting(
             recipe=str(options.recipe),
-            device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU",
+            device=device,
             ranks=ranks.world_size,
             threads=torch.get_num_threads(),
             samples=recipe.data.batch * recipe.algorithm.samples_per_triple,
@@ -108,8 +154,12 @@ def _bench(recipe: Recipe, ranks: Ranks, options: argparse.Namespace) -> None:
             warmup=options.warmup,
         ),
         ranks.gather(rounds),
-        ranks.gather(peak),
-        options.peak_tflops,
+        checkpoint,
+        Peaks(
+            ranks.gather(peak),
+            plan.memory().total,
+            options.peak_tflops or (machine.peak(recipe.engine) / 1e12 if gpu else None),
+        ),
     )
     if ranks.is_main:
         print(table(measured), flush=True)
@@ -150,33 +200,58 @@ class Bench:
 
     run: TrainingRun
     tracker: Tracker
-    with_module: bool
+    plan: Plan
 
-    def measure(self, warmup: int, rounds: int) -> tuple[list[Round], int]:
-        """This rank's rounds, and its peak memory in bytes before a plain module was there."""
-        for iteration in range(warmup):
+    def warm_up(self, iterations: int) -> int:
+        """Iterate; returns this rank's peak memory in bytes."""
+        for iteration in range(iterations):
             self.run.iterate(iteration, self.tracker)
-        peak = _peak_memory(self.run.ranks.device)
-        module = self._plain_module() if self.with_module else None
-        if module is not None:  # its first calls allocate and tune
-            module.seconds(self._iterate(warmup)[1], self._synchronize)
-        return [self._round(warmup + 2 * number, module) for number in range(rounds)], peak
+        return _peak_memory(self.run.ranks.device)
 
-    def _round(self, first: int, module: Bare | None) -> Round:
-        seconds, updates = self._iterate(first)
-        phases = self._phases(first + 1)
+    def plain_module(self, load: Load, iteration: int) -> Bare:
+        """The denoiser once more, whole on this rank, outside an engine, after the calls of one iteration."""
+        engine = self.run.recipe.engine
+        denoiser: Any = load(place(replace(engine, zero_stage=1), self.run.ranks)).denoiser
+        if engine.compile:
+            compile_blocks(denoiser, self.run.recipe.model.leaf_blocks)
+        module = Bare.module(denoiser)
+        module.seconds(self._iterate(iteration)[1], self._synchronize)  # the first calls allocate and tune
+        return module
+
+    def round(self, iteration: int, module: Bare | None) -> Round:
+        """Measure an iteration as a whole, by phases, and its calls alone."""
+        seconds, updates = self._iterate(iteration)
+        phases = self._phases(iteration)
         engine = Bare(self.run.engine, self.run.engine.backward, self.run.engine.step)
         calls, steps = self._bare(engine, updates)
-        adapters = self.run.recipe.model.lora is not None
         return Round(
             iteration=seconds,
             phases=phases,
             calls=calls,
             steps=steps,
             module=None if module is None else self._bare(module, updates)[0],
-            flops=flops(updates, self.run.engine, all_trained=not adapters),
-            checkpoint=self._timed(lambda: self.run.save(Progress(first + 2))),
+            flops=self._flops(iteration),
         )
+
+    def checkpoint(self, done: int) -> float:
+        """Seconds until a checkpoint is on the disk, without those of an iteration."""
+
+        def save() -> None:
+            self.run.save(Progress(done))
+            self.run.engine.finish_save()
+
+        return self._timed(save)
+
+    def _flops(self, iteration: int) -> Flops:
+        """Of this rank's calls of the denoiser."""
+        recipe, costs = self.run.recipe, self.plan.costs
+        pixels = rows_of_iteration(self.run.train_rows, iteration, recipe.data.batch, recipe.run.seed)[0].pixels
+        if pixels != costs.pixels:
+            costs = replace(costs, pixels=pixels)
+        found = {True: 0, False: 0}
+        for forwards in self.plan.workloads(iteration)[self.run.ranks.rank].denoiser:
+            found[forwards.trained] += costs.model_flops(forwards)
+        return Flops(without_gradient=found[False], update=found[True])
 
     def _iterate(self, iteration: int) -> tuple[float, list[list[Call]]]:
         """The seconds of an iteration, and the calls of its denoiser."""
@@ -207,19 +282,6 @@ class Bench:
         if self.run.ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _plain_module(self) -> Bare:
-        """The denoiser once more, whole on this rank, outside an engine."""
-        recipe, ranks = self.run.recipe, self.run.ranks
-        whole = replace(recipe.engine, zero_stage=1)
-        placement = Placement(
-            ranks.device,
-            recipe.engine.dtype,
-            recipe.engine.activation_checkpointing,
-            recipe.engine.channels_last,
-            lambda build, folder: create(build, folder, whole, ranks),
-        )
-        return Bare.module(recipe.model.load(placement).denoiser)
-
 
 def _methods(run: TrainingRun, phases: Phases) -> list[tuple[type, str, Around]]:
     """What is wrapped to measure the phases of an iteration."""
@@ -228,9 +290,9 @@ def _methods(run: TrainingRun, phases: Phases) -> list[tuple[type, str, Around]]
         return phases.calls(lambda: name)
 
     def forwards() -> str:
-        if torch.is_grad_enabled():
-            return "update: forwards"
-        return "rollout: forwards" if "rollout: the rest" in phases else "reference: forwards"
+        if "rollout: the rest" in phases:
+            return "rollout: kept forwards" if torch.is_grad_enabled() else "rollout: forwards"
+        return "update: forwards" if torch.is_grad_enabled() else "reference: forwards"
 
     policy = type(run.policy)
     return [

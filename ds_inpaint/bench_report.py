@@ -8,22 +8,30 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of the denoiser in an iteration, without those that checkpointing repeats."""
+
+    without_gradient: int
+    """Of forwards that no backward follows."""
+    update: int
+    """Of the others, and of their backwards."""
+
+
+@dataclass(frozen=True)
 class Round:
     """What one rank measured in one round; seconds."""
 
     iteration: float
     """An iteration as it is in training."""
     phases: dict[str, float]
-    """The next one, whose phases were measured; the device was waited for between them."""
+    """The same one again, its phases measured; the device was waited for between them."""
     calls: float
     """The forwards and backwards of the first one again, on the bare engine."""
     steps: float
     """The engine's optimizer steps after them."""
     module: float | None
     """The same forwards and backwards on a plain module."""
-    flops: int
-    """Floating-point operations of the forwards and backwards."""
-    checkpoint: float
+    flops: Flops
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,8 @@ class Report:
 
     setting: Setting
     seconds: dict[str, float]
-    """``iteration``, ``phased_iteration``, ``engine_calls``, ``engine_steps``, ``module_calls``, ``checkpoint``."""
+    """``iteration``, ``phased_iteration``, ``engine_calls``, ``engine_steps``; ``module_calls`` and ``checkpoint`` if
+    they were measured."""
     phases: dict[str, float]
     """Seconds of the phases of an iteration."""
     overhead: dict[str, float]
@@ -59,22 +68,34 @@ class Report:
     samples_per_second: float
     tflop_per_rank: float
     """Of the denoiser in an iteration, without what activation checkpointing repeats."""
-    mfu: float | None
-    """Share of the peak, if that was given."""
+    mfu: dict[str, float]
+    """Shares of the peak of arithmetic, if that is known: over the whole ``iteration``; of the forwards
+    ``without_gradient`` and of the ``update`` while they compute."""
     peak_memory_bytes: list[int]
-    """Of each rank, while it trained."""
+    """Of each rank, while it trained: on a GPU of tensors, on a CPU of the whole process."""
+    predicted_memory_bytes: int
+    """Of tensors on a GPU, by ``ds_inpaint.check``."""
 
 
-def report(
-    setting: Setting, everyone: Sequence[Sequence[Round]], peaks: list[int], peak_tflops: float | None
-) -> Report:
+@dataclass(frozen=True)
+class Peaks:
+    """What a rank's device did at most, and could do."""
+
+    memory_bytes: list[int]
+    """Of each rank."""
+    predicted_memory_bytes: int
+    tflops: float | None
+    """10^12 operations a second, if that is known."""
+
+
+def report(setting: Setting, everyone: Sequence[Sequence[Round]], checkpoint: float | None, peaks: Peaks) -> Report:
     """Sum up the rounds of all ranks.
 
     Args:
         setting: what was measured.
         everyone: the rounds of each rank, equally many.
-        peaks: bytes of memory, see ``Report``.
-        peak_tflops: of one rank's device, in 10^12 operations a second.
+        checkpoint: seconds that one took, if any was written.
+        peaks: of all ranks.
     """
     rounds = [_slowest(each) for each in zip(*everyone, strict=True)]
 
@@ -86,8 +107,9 @@ def report(
         "phased_iteration": median(lambda each: sum(each.phases.values())),
         "engine_calls": median(lambda each: each.calls),
         "engine_steps": median(lambda each: each.steps),
-        "checkpoint": median(lambda each: each.checkpoint),
     }
+    if checkpoint is not None:
+        seconds["checkpoint"] = checkpoint
     overhead = {
         "iteration_over_engine_calls": median(lambda each: each.iteration / each.calls),
         "iteration_over_engine_calls_and_steps": median(lambda each: each.iteration / (each.calls + each.steps)),
@@ -102,17 +124,30 @@ def report(
             each.calls / module for each, module in zip(rounds, modules, strict=True)
         )
     names = {name: None for each in rounds for name in each.phases}
-    tflop = median(lambda each: each.flops / 1e12)
     return Report(
         setting=setting,
         seconds=seconds,
         phases={name: statistics.median(each.phases.get(name, 0.0) for each in rounds) for name in names},
         overhead=overhead,
         samples_per_second=setting.samples / seconds["iteration"],
-        tflop_per_rank=tflop,
-        mfu=None if peak_tflops is None else tflop / (seconds["iteration"] * peak_tflops),
-        peak_memory_bytes=peaks,
+        tflop_per_rank=median(lambda each: (each.flops.without_gradient + each.flops.update) / 1e12),
+        mfu={} if peaks.tflops is None else _utilisation(rounds, 1e12 * peaks.tflops),
+        peak_memory_bytes=peaks.memory_bytes,
+        predicted_memory_bytes=peaks.predicted_memory_bytes,
     )
+
+
+def _utilisation(rounds: Sequence[Round], peak: float) -> dict[str, float]:
+    """Model FLOPs utilisation, see ``Report``."""
+    shares: dict[str, list[float]] = {"iteration": [], "without_gradient": [], "update": []}
+    for each in rounds:
+        found = each.flops
+        spent = {name: sum(each.phases.get(phase, 0.0) for phase in phases) for name, phases in COMPUTING.items()}
+        shares["iteration"].append((found.without_gradient + found.update) / (each.iteration * peak))
+        for name, flops in (("without_gradient", found.without_gradient), ("update", found.update)):
+            if spent[name]:
+                shares[name].append(flops / (spent[name] * peak))
+    return {name: statistics.median(found) for name, found in shares.items() if found}
 
 
 def _slowest(ranks: Sequence[Round]) -> Round:
@@ -124,8 +159,7 @@ def _slowest(ranks: Sequence[Round]) -> Round:
         calls=max(each.calls for each in ranks),
         steps=max(each.steps for each in ranks),
         module=max(modules) if modules else None,
-        flops=max(each.flops for each in ranks),
-        checkpoint=max(each.checkpoint for each in ranks),
+        flops=max((each.flops for each in ranks), key=lambda flops: flops.without_gradient + flops.update),
     )
 
 
@@ -156,16 +190,16 @@ def table(report: Report) -> str:
     rows += [
         f"| {label} | {report.overhead[name]:.3f} |" for name, label in OVERHEADS.items() if name in report.overhead
     ]
-    efficiency = "" if report.mfu is None else f", {report.mfu:.1%} of the peak"
-    memory = ", ".join(f"{peak / 2**30:.2f}" for peak in report.peak_memory_bytes)
-    return "\n".join(
-        [
-            *rows,
-            f"| denoiser, each rank | {report.tflop_per_rank:.3f} TFLOP{efficiency} |",
-            f"| a checkpoint, beside the iteration | {seconds['checkpoint']:.4f} s |",
-            f"| peak memory of each rank | {memory} GiB |",
-        ]
-    )
+    rows.append(f"| the denoiser's arithmetic, each rank | {report.tflop_per_rank:.3f} TFLOP |")
+    rows += [
+        f"| share of the peak of arithmetic, {UTILISATIONS[name]} | {mfu:.1%} |" for name, mfu in report.mfu.items()
+    ]
+    if "checkpoint" in seconds:
+        rows.append(f"| a checkpoint, beside the iterations | {seconds['checkpoint']:.4f} s |")
+    memory = ", ".join(f"{peak / 1e9:.2f}" for peak in report.peak_memory_bytes)
+    rows.append(f"| peak memory of each rank ({'process' if setting.device == 'CPU' else 'tensors'}) | {memory} GB |")
+    rows.append(f"| tensors as ds_inpaint.check predicts them | {report.predicted_memory_bytes / 1e9:.2f} GB |")
+    return "\n".join(rows)
 
 
 OVERHEADS = {
@@ -175,6 +209,19 @@ OVERHEADS = {
     "own_share": "share of the phases called *the rest* and *send*",
 }
 """Ratios of a report, as the table words them."""
+
+UTILISATIONS = {
+    "iteration": "an iteration",
+    "without_gradient": "forwards without gradient while they compute",
+    "update": "forwards and backwards of the update while they compute",
+}
+"""Shares of the peak, as the table words them."""
+
+COMPUTING = {
+    "without_gradient": ("rollout: forwards", "reference: forwards"),
+    "update": ("rollout: kept forwards", "update: forwards", "update: backwards"),
+}
+"""The phases in which the denoiser computes."""
 
 OWN = ("the rest", "rollout: the rest", "update: the rest", "send to the scorers")
 """Phases in which no model computes and nothing is waited for."""

@@ -111,8 +111,9 @@ def _memory(gpu: str, plan: Plan) -> Iterator[str]:
 
 
 def _time(gpu: str, plan: Plan) -> Iterator[str]:
-    machine, precision = plan.machine, plan.recipe.engine.precision
-    peak = machine.gpu.flops(precision) / 1e12
+    machine, engine = plan.machine, plan.recipe.engine
+    precision = "tf32" if engine.tf32 and engine.precision == "fp32" else engine.precision
+    peak = machine.peak(engine) / 1e12
     yield (
         f"Time, predicted, if {machine.assumed.utilisation:g} of the peak of {peak:g} TFLOP/s ({precision}) and "
         f"{machine.assumed.link:g} of {machine.gpu.link_GBps:g} GB/s between GPUs are reached (assumed):"

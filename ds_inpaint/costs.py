@@ -14,6 +14,7 @@ from ds_inpaint.framing import Pixels
 from ds_inpaint.outline import Outline
 from ds_inpaint.tracing import Cost, trace
 from ds_inpaint.values import Batch, Condition
+from ds_inpaint.workload import Forwards
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,16 @@ class Costs:
         if call not in self._known:
             self._known[call] = trace(self.computation(call), (self.outline.denoiser, self.outline.vae))
         return self._known[call]
+
+    def model_flops(self, forwards: Forwards) -> int:
+        """Operations of forwards and their backwards, without those that activation checkpointing repeats.
+
+        A backward costs as much as its forward for the activations, and as much again for the weights if they are
+        trained; that of adapters, which are a hundredth of the weights, is left out.
+        """
+        once = sum(self.of(Call("predict", size, forwards.guided)).flops for size in forwards.batches)
+        backward = 0 if not forwards.trained else 1 if self.outline.frozen else 2
+        return forwards.repeats * once * (1 + backward)
 
     @property
     def condition_bytes(self) -> int:

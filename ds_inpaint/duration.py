@@ -12,6 +12,7 @@ from ds_inpaint.costs import Call, Costs
 from ds_inpaint.gpus import GPU
 from ds_inpaint.recipe import Recipe
 from ds_inpaint.workload import Forwards, Workload
+from ds_inpaint.zero_config import EngineSection
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,13 @@ class Machine:
         """Of the memory of each GPU."""
         return 1e9 * (self.gpu.memory_GB - self.assumed.reserve_GB)
 
-    def computing(self, flops: int, precision: str) -> float:
+    def peak(self, engine: EngineSection) -> float:
+        """Floating-point operations a second of each GPU, as the engine computes."""
+        return self.gpu.flops(engine.precision, tf32=engine.tf32)
+
+    def computing(self, flops: int, engine: EngineSection) -> float:
         """Seconds."""
-        return flops / (self.gpu.flops(precision) * self.assumed.utilisation)
+        return flops / (self.peak(engine) * self.assumed.utilisation)
 
     def communicating(self, size: int) -> float:
         """Seconds to gather, or to reduce and scatter, so many bytes of all ranks: each sends all parts but one."""
@@ -74,9 +79,7 @@ def phases(recipe: Recipe, costs: Costs, machine: Machine, workload: Workload) -
     for name, sizes in (("encode", workload.encodes), ("decode", workload.decodes)):
         if sizes:
             flops = sum(costs.of(Call(name, size)).flops for size in sizes)
-            found.append(
-                Phase(f"VAE {name}", len(sizes), flops, machine.computing(flops, recipe.engine.precision), 0.0)
-            )
+            found.append(Phase(f"VAE {name}", len(sizes), flops, machine.computing(flops, recipe.engine), 0.0))
     return found
 
 
@@ -91,7 +94,7 @@ def _denoising(recipe: Recipe, costs: Costs, machine: Machine, forwards: Forward
         moved += size * (outline.trained + outline.frozen) * (2 if forwards.trained else 1)
     if engine.zero_stage >= 2 and forwards.trained:
         moved += size * outline.trained
-    seconds = machine.computing(flops, engine.precision)
+    seconds = machine.computing(flops, engine)
     return Phase(forwards.phase, forwards.calls, flops, seconds, forwards.calls * machine.communicating(moved))
 
 

@@ -17,9 +17,10 @@ class GPU:
     link_GBps: float
     """To the other GPUs of the machine, in one direction: half of what data sheets print for NVLink or PCIe."""
 
-    def flops(self, precision: str) -> float:
-        """Peak in floating-point operations a second."""
-        return 1e12 * (self.bf16_TFLOPS if precision == "bf16" else self.fp32_TFLOPS)
+    def flops(self, precision: str, *, tf32: bool = False) -> float:
+        """Peak in floating-point operations a second; with ``tf32`` tensor cores multiply half as fast as in bf16."""
+        fp32 = self.bf16_TFLOPS / 2 if tf32 else self.fp32_TFLOPS
+        return 1e12 * (self.bf16_TFLOPS if precision == "bf16" else fp32)
 
 
 GPUS = {
@@ -34,3 +35,9 @@ GPUS = {
     "a6000": GPU(48, 154.8, 38.7, 32),
 }
 """SXM forms of those that exist as such; l40s and a6000 (RTX A6000) on PCIe 4.0 x16."""
+
+
+def known_as(name: str) -> GPU | None:
+    """The GPU that CUDA calls so; None for other kinds, and for forms with other peaks than the table's."""
+    words = name.lower().replace("-", " ").split()
+    return None if {"pcie", "nvl"} & set(words) else next((GPUS[word] for word in words if word in GPUS), None)

@@ -142,11 +142,11 @@ def load_policy(model: Any, inference: Inference, ranks: Ranks, *, denoiser: boo
         InputError: on all ranks together, if one of them cannot load it.
     """
 
-    def unread(build: Callable[[], nn.Module], folder: Path) -> nn.Module:
+    def unread(build: Callable[[], nn.Module], folder: Path | None) -> nn.Module:
         with torch.device("meta"):
             return build()
 
-    def whole(build: Callable[[], nn.Module], folder: Path) -> nn.Module:
+    def whole(build: Callable[[], nn.Module], folder: Path | None) -> nn.Module:
         return create(build, folder, inference.section, ranks).requires_grad_(False)
 
     section = inference.section

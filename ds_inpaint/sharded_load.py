@@ -27,7 +27,7 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 FLOATING = ("F64", "F32", "F16", "BF16")
 
 
-def create(build: Callable[[], nn.Module], folder: Path, section: EngineSection, ranks: Ranks) -> nn.Module:
+def create(build: Callable[[], nn.Module], folder: Path | None, section: EngineSection, ranks: Ranks) -> nn.Module:
     """Build a module for an ``Engine`` of the same section, with the weights that diffusers saved in ``folder``.
 
     In ZeRO-3 a rank reads and keeps only its own share of each parameter; else it reads all, one at a time.
@@ -36,6 +36,7 @@ def create(build: Callable[[], nn.Module], folder: Path, section: EngineSection,
     Args:
         build: makes the module; its parameters take no memory then. Buffers that the folder does not hold
             keep the values that it gives them.
+        folder: None for random weights, the same on all ranks.
 
     Returns:
         the module on the device of this rank, its stored numbers in the precision of the section.
@@ -43,12 +44,22 @@ def create(build: Callable[[], nn.Module], folder: Path, section: EngineSection,
     Raises:
         InputError: the folder holds no readable safetensors, or not exactly the tensors of the module.
     """
-    files = _files_of_tensors(folder)
     with _parameters_on_meta():
         module = build()
-    tensors = module.state_dict(keep_vars=True)
-    _check_names(folder, files.keys(), tensors.keys())
     fill = _fill_share(section, ranks) if section.zero_stage == 3 else _fill_whole
+    if folder is None:
+        _draw(module, fill, section.dtype, ranks.device)
+    else:
+        _read(folder, module, fill, section.dtype, ranks.device)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(ranks.device)
+    return module
+
+
+def _read(folder: Path, module: nn.Module, fill: Fill, dtype: torch.dtype, device: torch.device) -> None:
+    """Take the tensors of a module from their files."""
+    files, tensors = _files_of_tensors(folder), module.state_dict(keep_vars=True)
+    _check_names(folder, files.keys(), tensors.keys())
     for file in sorted(set(files.values())):
         with _opened(file) as stored:
             for name in (name for name in tensors if files[name] == file):
@@ -56,14 +67,20 @@ def create(build: Callable[[], nn.Module], folder: Path, section: EngineSection,
                 _check_kind(file, name, stored.get_slice(name), tensor)
                 # A view of the file, of which only what is copied will be read.
                 values = stored.get_tensor(name)
-                dtype = section.dtype if tensor.is_floating_point() else tensor.dtype
                 if isinstance(tensor, nn.Parameter):
-                    fill(tensor, values, dtype, ranks.device)
+                    fill(tensor, values, dtype, device)
                 else:
-                    tensor.data = values.to(dtype)
-    for buffer in module.buffers():
-        buffer.data = buffer.data.to(ranks.device)
-    return module
+                    tensor.data = values.to(dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _draw(module: nn.Module, fill: Fill, dtype: torch.dtype, device: torch.device) -> None:
+    """Draw weights that keep the variance of what they are applied to; norms and biases change nothing."""
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in list(module.named_parameters()):
+        values = torch.full(parameter.shape, float(name.endswith("weight")), device=device)
+        if parameter.ndim > 1:
+            values.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+        fill(parameter, values, dtype, device)
 
 
 Fill = Callable[[nn.Parameter, Tensor, torch.dtype, torch.device], None]

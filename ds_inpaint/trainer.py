@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ds_inpaint.alarms import holdout_alarms
 from ds_inpaint.cache import check_encoders
@@ -35,6 +36,7 @@ from ds_inpaint.slots import EMA
 from ds_inpaint.stopping import TimeLimit
 from ds_inpaint.tracking import Tracker, read_metrics
 from ds_inpaint.values import Experiences, Placement, Policy, Sampler, Triple
+from ds_inpaint.zero_config import EngineSection
 
 
 def train(recipe: Recipe, ranks: Ranks, start: Path | None) -> None:
@@ -66,8 +68,14 @@ def train(recipe: Recipe, ranks: Ranks, start: Path | None) -> None:
 
 
 @contextmanager
-def assembled(recipe: Recipe, ranks: Ranks) -> Iterator[TrainingRun]:
-    """Within this context a run stands ready: its data, its reward servers, its model in an engine. Collective."""
+def assembled(recipe: Recipe, ranks: Ranks, load: Callable[[Placement], Policy] | None = None) -> Iterator[TrainingRun]:
+    """Within this context a run stands ready: its data, its reward servers, its model in an engine. Collective.
+
+    Args:
+        recipe: of the run.
+        ranks: that train.
+        load: makes the model, if not the recipe does.
+    """
     with ranks.together():
         train_rows, heldout_rows = (
             read_rows(file, recipe.data, recipe.data.root) for file in (recipe.data.train, recipe.data.heldout)
@@ -75,22 +83,26 @@ def assembled(recipe: Recipe, ranks: Ranks) -> Iterator[TrainingRun]:
     folder = recipe.run.dir
     with ExitStack() as stack:
         rewards = stack.enter_context(connect(recipe.rewards, folder / "reward_server.log", ranks, stack))
-        policy, engine = _build(recipe, ranks)
+        policy, engine = _build(recipe, ranks, load or recipe.model.load)
         stack.enter_context(engine)
         yield TrainingRun(recipe, folder, ranks, rewards, policy, engine, train_rows, heldout_rows)
 
 
-def _build(recipe: Recipe, ranks: Ranks) -> tuple[Policy, Engine]:
-    """Load the model and put its denoiser into a ZeRO engine."""
-    placement = Placement(
+def place(engine: EngineSection, ranks: Ranks) -> Placement:
+    """Where a model goes of which an engine of that section will train a part."""
+    return Placement(
         ranks.device,
-        recipe.engine.dtype,
-        recipe.engine.activation_checkpointing,
-        recipe.engine.channels_last,
-        lambda build, folder: create(build, folder, recipe.engine, ranks),
+        engine.dtype,
+        engine.activation_checkpointing,
+        engine.channels_last,
+        lambda build, folder: create(build, folder, engine, ranks),
     )
+
+
+def _build(recipe: Recipe, ranks: Ranks, load: Callable[[Placement], Policy]) -> tuple[Policy, Engine]:
+    """Load the model and put its denoiser into a ZeRO engine."""
     with ranks.together():
-        policy = recipe.model.load(placement)
+        policy: Any = load(place(recipe.engine, ranks))
         for pixels in recipe.data.shapes:
             policy.latent_shape(*pixels)
         if ranks.is_main:

@@ -136,8 +136,9 @@ class Placement:
     activation_checkpointing: bool
     channels_last: bool
     """Whether convolutions compute with channels innermost in memory."""
-    create: Callable[[Callable[[], nn.Module], Path], nn.Module]
-    """Builds the denoiser with the weights of a diffusers folder, divided among the ranks if the engine does so."""
+    create: Callable[[Callable[[], nn.Module], Path | None], nn.Module]
+    """Builds the denoiser with the weights of a diffusers folder, or with random ones where there is none; divided
+    among the ranks if the engine does so."""
 
 
 class Sampler(Protocol):

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from ds_inpaint import bench
-from ds_inpaint.bare_calls import Bare, Call, Recorder, flops
-from ds_inpaint.bench_report import OVERHEADS, Round, Setting, report, table
+from ds_inpaint.bare_calls import Bare, Recorder
+from ds_inpaint.bench_report import OVERHEADS, Flops, Peaks, Round, Setting, report, table
+from ds_inpaint.gpus import GPUS, known_as
 from ds_inpaint.phases import Phases, wrapped
 
 
@@ -119,28 +120,19 @@ def test_the_calls_of_each_update_are_made_again(clock):
     assert made == [(2, False), (1, True), "step"] * 2
 
 
-def test_flops_of_a_convolution_follow_the_formula():
-    learner = Learner()
-    of_picture = 2 * 3 * 5 * 3 * 3 * 8 * 8  # multiply and add for each input, output, tap and place
-    once, twice = torch.ones(1, 3, 8, 8), torch.ones(2, 3, 8, 8)
-    rollout, update = Call((twice,), {}, False), Call((once,), {}, True)
-    assert flops([[rollout, rollout]], learner, all_trained=True) == 4 * of_picture
-    assert flops([[rollout], [update]], learner, all_trained=True) == 5 * of_picture
-    assert flops([[rollout], [update]], learner, all_trained=False) == 4 * of_picture
-
-
 WORKER = str(Path(__file__).with_name("bench_worker.py"))
 SETTING = Setting("a.yaml", "CPU", 2, 1, 12, 4, 3, 2, 1)
 
 
 def test_the_slowest_rank_counts_and_medians_are_of_ratios_in_a_round():
-    quick = Round(3, {"the rest": 1, "decode": 2}, 2, 0.5, 1, 10**12, 0.1)
-    slow = Round(4, {"the rest": 2, "decode": 3}, 1, 0.25, 0.5, 10**12, 0.2)
-    noisy = Round(8, {"the rest": 0, "decode": 10}, 4, 1, 4, 10**12, 0.2)
-    found = report(SETTING, [[quick, quick], [slow, noisy]], [2**30, 2**31], 2.0)
+    work = Flops(4 * 10**11, 6 * 10**11)
+    quick = Round(3, {"the rest": 1, "decode": 2}, 2, 0.5, 1, work)
+    slow = Round(4, {"rollout: forwards": 2, "decode": 3}, 1, 0.25, 0.5, work)
+    noisy = Round(8, {"the rest": 0, "update: forwards": 4, "update: backwards": 8}, 4, 1, 4, work)
+    found = report(SETTING, [[quick, quick], [slow, noisy]], 0.2, Peaks([10**9, 2 * 10**9], 10**8, 2.0))
     assert found.seconds == {
         "iteration": 6,
-        "phased_iteration": 7.5,
+        "phased_iteration": 8.5,
         "engine_calls": 3,
         "engine_steps": 0.75,
         "module_calls": 2.5,
@@ -150,18 +142,51 @@ def test_the_slowest_rank_counts_and_medians_are_of_ratios_in_a_round():
         "iteration_over_engine_calls": 2,
         "iteration_over_engine_calls_and_steps": 1.6,
         "engine_over_module": 1.5,
-        "own_share": 0.2,
+        "own_share": 0,
     }
-    assert found.phases == {"the rest": 1, "decode": 6.5}
-    assert (found.samples_per_second, found.tflop_per_rank, found.mfu) == (2, 1, 1 / 12)
-    assert "8.3% of the peak" in table(found)
-    assert "1.00, 2.00 GiB" in table(found)
+    halves = {"rollout: forwards": 1, "decode": 1.5, "the rest": 0, "update: forwards": 2, "update: backwards": 4}
+    assert found.phases == halves
+    assert (found.samples_per_second, found.tflop_per_rank) == (2, 1)
+    assert found.mfu == {
+        "iteration": pytest.approx((1 / 8 + 1 / 16) / 2),
+        "without_gradient": pytest.approx(0.4 / (2 * 2)),
+        "update": pytest.approx(0.6 / (12 * 2)),
+    }
+    told = table(found)
+    for words in ("an iteration | 9.4% |", "1.00, 2.00 GB", "predicts them | 0.10 GB"):
+        assert words in told
+    unknown = report(SETTING, [[quick]], None, Peaks([1], 1, None))
+    assert unknown.mfu == {}
+    assert "checkpoint" not in unknown.seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA RTX A6000", "a6000"),
+        ("NVIDIA H100 PCIe", None),  # slower than the table's
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("CPU", None),
+    ],
+)
+def test_gpus_are_known_by_the_names_that_cuda_gives_them(name, kind):
+    assert known_as(name) == (GPUS[kind] if kind else None)
 
 
 def test_the_command_measures_a_recipe(recipe, run_ranks, tmp_path):
     file, runs = tmp_path / "bench.json", tmp_path / "runs"
-    flags = ["--iterations=2", "--warmup=1", "--peak-tflops=0.1", f"--json={file}"]
-    keys = [f"run.dir={runs / 'run'}", "ema.decay=0.9", "algorithm.kl_weight=0.1"]
+    flags = ["--iterations=2", "--warmup=1", "--peak-tflops=0.1", f"--json={file}", "--random-weights=sd15"]
+    keys = [
+        f"run.dir={runs / 'run'}",
+        "ema.decay=0.9",
+        "algorithm.kl_weight=0.1",
+        "model.path=nobody/nowhere",
+        "engine.zero_stage=3",
+    ]
     run_ranks(1, [WORKER, str(recipe), *flags, *keys])
     assert list(runs.iterdir()) == []
     found = json.loads(file.read_text())
@@ -180,7 +205,9 @@ def test_the_command_measures_a_recipe(recipe, run_ranks, tmp_path):
     assert together == pytest.approx(found["seconds"]["phased_iteration"], rel=0.2)  # a sum of medians, and a median
     assert all(value > 0 for value in (*found["phases"].values(), *found["seconds"].values()))
     assert found["tflop_per_rank"] > 0
-    assert found["mfu"] > 0
+    assert found["mfu"].keys() == {"iteration", "without_gradient", "update"}
+    assert all(0 < share < 1 for share in found["mfu"].values())
+    assert found["predicted_memory_bytes"] > 0
     assert found["peak_memory_bytes"][0] > 2**27
 
 

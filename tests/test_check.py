@@ -9,12 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY_MODELS
+from model_helpers import two_triples
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from ds_inpaint import check
 from ds_inpaint.adapters import LoRA
 from ds_inpaint.costs import Call, Costs
+from ds_inpaint.distributed import Ranks
 from ds_inpaint.duration import Assumptions, Machine, phases
 from ds_inpaint.gpus import GPUS
 from ds_inpaint.memory import estimate
@@ -24,6 +26,7 @@ from ds_inpaint.plan import make_plan, read_sizes
 from ds_inpaint.recipe import load_recipe
 from ds_inpaint.remedies import remedies
 from ds_inpaint.tracing import Tally, fused_attention, trace
+from ds_inpaint.trainer import place
 from ds_inpaint.zero_config import EngineSection
 
 FLUX_PARAMETERS, SD_PARAMETERS = 11_902_391_360, 859_535_364
@@ -69,6 +72,24 @@ def test_an_outline_has_the_shapes_of_the_stored_weights(family, part):
         with safe_open(TINY_MODELS / family / folder / "diffusion_pytorch_model.safetensors", "pt") as stored:
             shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118  it is no dict
         assert {name: list(tensor.shape) for name, tensor in module.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("family", [Flux, SD])
+def test_random_weights_make_a_working_model(family):
+    """ZeRO-3 is tried by the test of the bench."""
+    model = family(str(TINY_MODELS / family.__name__.lower()), lora=LoRA(rank=2))
+    alone = Ranks(0, 1, torch.device("cpu"))
+    policies = [model.drawn(model.configs(), place(EngineSection(zero_stage=2), alone)) for _ in range(2)]
+    first, second = ({name: tensor for name, tensor in policy.denoiser.named_parameters()} for policy in policies)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    batch = two_triples(32, 32)
+    latents = torch.randn(2, *policies[0].latent_shape(32, 32))
+    with torch.no_grad():
+        predicted = policies[0].predict(latents, torch.full((2,), 0.5), policies[0].encode(batch), guided=True)
+        pictures = policies[0].decode(latents)
+    assert predicted.shape == latents.shape
+    assert 0.1 < predicted.std() < 10
+    assert pictures.isfinite().all()
 
 
 def test_adapters_of_an_outline_are_the_only_trained_weights():

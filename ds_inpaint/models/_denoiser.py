@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 def create_denoiser(
     network: Any,
-    folder: Path,
+    config: Mapping[str, Any],
+    folder: Path | None,
     placement: Placement,
     lora: LoRA | None,
     default_targets: Sequence[str],
@@ -30,7 +31,8 @@ def create_denoiser(
 
     Args:
         network: its diffusers class.
-        folder: its part of a model folder.
+        config: what its config.json says.
+        folder: its part of a model folder; None for random weights.
         placement: where and how.
         lora: section of the adapters that are attached, if any.
         default_targets: ends of the names of the layers that are adapted if ``lora`` names none.
@@ -39,24 +41,12 @@ def create_denoiser(
     Raises:
         InputError: a target of ``lora`` does not exist, which is found before any weights are read; or they cannot be.
     """
-    config = network.load_config(folder)
     if lora is not None:
         # Looked up here for its error; what it finds is found again in the real model.
         with torch.device("meta"):
-            layers_to_adapt(network.from_config(config), lora, default_targets)
-    denoiser = placement.create(lambda: network.from_config(config), folder)
-    return made_ready(denoiser, placement.activation_checkpointing, lora, default_targets, entrances)
-
-
-def made_ready(
-    denoiser: Any,
-    activation_checkpointing: bool,
-    lora: LoRA | None,
-    default_targets: Sequence[str],
-    entrances: Sequence[str],
-) -> Any:
-    """A denoiser, once it has its weights, as it is trained; for the arguments see ``create_denoiser``."""
-    if activation_checkpointing:
+            layers_to_adapt(network.from_config(dict(config)), lora, default_targets)
+    denoiser: Any = placement.create(lambda: network.from_config(dict(config)), folder)
+    if placement.activation_checkpointing:
         denoiser.enable_gradient_checkpointing()
     else:
         # ZeRO-3 leaf blocks need positional calls, which diffusers makes only on this path.

@@ -140,8 +140,13 @@ def load_vae(folder: Path, placement: Placement) -> AutoencoderKL:
     """
     with _readable(folder / "vae"):
         vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=placement.dtype)
+    return frozen_vae(vae, placement)
+
+
+def frozen_vae(vae: AutoencoderKL, placement: Placement) -> AutoencoderKL:
+    """The autoencoder as it computes, where it is wanted."""
     layout = torch.channels_last if placement.channels_last else torch.contiguous_format
-    return vae.to(placement.device, memory_format=layout).eval().requires_grad_(False)
+    return vae.to(placement.device, placement.dtype, memory_format=layout).eval().requires_grad_(False)
 
 
 def load_text(network: Any, tokenizer: Any, folder: Path, suffix: str, placement: Placement) -> tuple[Any, Any]:

@@ -1,8 +1,8 @@
-"""The parts of a model without their numbers, on the meta device."""
+"""Models made from configurations alone: with random numbers, or with none on the meta device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,15 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 
-from ds_inpaint.adapters import LoRA
 from ds_inpaint.errors import InputError
-from ds_inpaint.models._denoiser import made_ready
-from ds_inpaint.models._folder import FolderLayout, read_config
+from ds_inpaint.models._folder import FolderLayout, frozen_vae, read_config
+from ds_inpaint.models._prompts import PromptEncoder
 from ds_inpaint.models._published import PUBLISHED
-from ds_inpaint.outline import Configs
+from ds_inpaint.outline import Configs, Outline
+from ds_inpaint.values import Placement
 
 NO_FOLDER = Path("no folder")
-"""Where an outline was loaded from."""
+"""Where a model was loaded from that was not."""
 
 
 def read_configs(path: str, revision: str | None, denoiser: Path | None, part: str, layout: FolderLayout) -> Configs:
@@ -59,29 +59,34 @@ def published(shape: str, part: str) -> Configs:
     return PUBLISHED[shape]
 
 
-def outlined_denoiser(
-    network: Any,
-    config: Mapping[str, Any],
-    dtype: torch.dtype,
-    activation_checkpointing: bool,
-    lora: LoRA | None,
-    default_targets: Sequence[str],
-    entrances: Sequence[str],
-) -> Any:
-    """As ``create_denoiser``, from a configuration."""
-    with torch.device("meta"):
-        plain = network.from_config(dict(config))
-        denoiser = made_ready(plain, activation_checkpointing, lora, default_targets, entrances)
-        for parameter in denoiser.parameters():
-            parameter.data = parameter.data.to(dtype)
-    return denoiser
-
-
-def outlined_vae(config: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKL:
-    """The frozen autoencoder."""
-    with torch.device("meta"):
+def drawn_vae(config: Mapping[str, Any], placement: Placement) -> AutoencoderKL:
+    """The frozen autoencoder with random weights."""
+    with placement.device:
         vae = AutoencoderKL.from_config(dict(config))
-    return vae.to(dtype).eval().requires_grad_(False)
+    return frozen_vae(vae, placement)
+
+
+def drawn_text(shapes: Mapping[str, tuple[int, ...]], placement: Placement) -> PromptEncoder:
+    """Random numbers in place of what text encoders say of a prompt, by name and shape; the same for every prompt."""
+    each = {name: torch.randn(shape, dtype=placement.dtype, device=placement.device) for name, shape in shapes.items()}
+    return lambda prompts: {name: tensor.repeat(len(prompts), *[1] * tensor.ndim) for name, tensor in each.items()}
+
+
+def nowhere(dtype: torch.dtype, activation_checkpointing: bool) -> Placement:
+    """Where a model has no numbers at all."""
+
+    def create(build: Callable[[], nn.Module], folder: Path | None) -> nn.Module:
+        with torch.device("meta"):
+            return build().to(dtype)
+
+    return Placement(torch.device("meta"), dtype, activation_checkpointing, False, create)
+
+
+def outlined(policy: Any, *text_encoders: nn.Module) -> Outline:
+    """A policy that was made ``nowhere`` as an outline."""
+    for parameter in policy.denoiser.parameters():  # adapters are made in float32, until they follow real weights
+        parameter.data = parameter.data.to(policy.codec.vae.dtype)
+    return Outline(policy, policy.denoiser, policy.codec.vae, text_encoders)
 
 
 def outlined_text(network: Any, config: Mapping[str, Any]) -> nn.Module:

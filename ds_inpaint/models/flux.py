@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
@@ -40,12 +40,7 @@ from ds_inpaint.models._folder import (
     read_config,
     token_ids,
 )
-from ds_inpaint.models._outline import (
-    NO_FOLDER,
-    outlined_denoiser,
-    outlined_text,
-    outlined_vae,
-)
+from ds_inpaint.models._outline import NO_FOLDER, drawn_text, drawn_vae, nowhere, outlined, outlined_text
 from ds_inpaint.models._prompts import PromptCache, PromptEncoder
 from ds_inpaint.outline import Configs, Outline
 from ds_inpaint.processes import RectifiedFlow
@@ -135,12 +130,22 @@ class Flux(Family):
         # The VAE of a hub model is known only now.
         if problem := self.denoiser_problem() or _fills_not(source, folder):
             raise InputError(f"model.denoiser: {problem}")
-        transformer = create_denoiser(FluxTransformer2DModel, source, placement, self.lora, LORA_TARGETS, ENTRANCES)
+        transformer = self._transformer(read_config(source), source, placement)
         text = PromptCache(FluxText(folder, placement, self.text_tokens), placement.device)
         scheduler = read_config(folder / "scheduler")
-        vae = load_vae(folder, placement)
-        codec = LatentCodec(vae, vae.config.shift_factor, _multiple(vae.config))
-        return self._policy(transformer, codec, text, scheduler, source, folder)
+        return self._policy(transformer, load_vae(folder, placement), text, scheduler, source, folder)
+
+    def drawn(self, configs: Configs, placement: Placement) -> FluxPolicy:
+        """The model with random weights, and random numbers in place of what is said of prompts.
+
+        Raises:
+            InputError: a LoRA target does not exist.
+        """
+        clip, t5 = configs["text_encoder"], configs["text_encoder_2"]
+        transformer = self._transformer(configs[self.part], None, placement)
+        text = drawn_text({"text": (self.text_tokens, t5["d_model"]), "pooled": (clip["hidden_size"],)}, placement)
+        vae = drawn_vae(configs["vae"], placement)
+        return self._policy(transformer, vae, text, configs["scheduler"], NO_FOLDER, NO_FOLDER)
 
     def outline(self, configs: Configs, dtype: torch.dtype, activation_checkpointing: bool) -> Outline:
         """The model without its numbers.
@@ -148,35 +153,19 @@ class Flux(Family):
         Raises:
             InputError: a LoRA target does not exist.
         """
-        transformer = outlined_denoiser(
-            FluxTransformer2DModel,
-            configs[self.part],
-            dtype,
-            activation_checkpointing,
-            self.lora,
-            LORA_TARGETS,
-            ENTRANCES,
-        )
-        vae = outlined_vae(configs["vae"], dtype)
-        widths = {"text": configs["text_encoder_2"]["d_model"], "pooled": configs["text_encoder"]["hidden_size"]}
-        empty = partial(torch.empty, dtype=dtype, device="meta")
-
-        def text(prompts: Sequence[str]) -> dict[str, Tensor]:
-            states_BLD = empty(len(prompts), self.text_tokens, widths["text"])
-            return {"text": states_BLD, "pooled": empty(len(prompts), widths["pooled"])}
-
-        encoders = (
+        return outlined(
+            self.drawn(configs, nowhere(dtype, activation_checkpointing)),
             outlined_text(CLIPTextModel, configs["text_encoder"]),
             outlined_text(T5EncoderModel, configs["text_encoder_2"]),
         )
-        codec = LatentCodec(vae, vae.config.shift_factor, _multiple(vae.config))
-        policy: Any = self._policy(transformer, codec, text, configs["scheduler"], NO_FOLDER, NO_FOLDER)
-        return Outline(policy, transformer, vae, encoders)
+
+    def _transformer(self, config: Mapping[str, Any], folder: Path | None, placement: Placement) -> Any:
+        return create_denoiser(FluxTransformer2DModel, config, folder, placement, self.lora, LORA_TARGETS, ENTRANCES)
 
     def _policy(
         self,
         transformer: Denoiser,
-        codec: LatentCodec,
+        vae: AutoencoderKL,
         text: PromptEncoder,
         scheduler: Mapping[str, Any],
         source: Path,
@@ -186,7 +175,7 @@ class Flux(Family):
             denoiser=transformer,
             denoiser_folder=source,
             folder=folder,
-            codec=codec,
+            codec=LatentCodec(vae, vae.config.shift_factor, _multiple(vae.config)),
             text=text,
             text_tokens=self.text_tokens,
             scheduler=scheduler,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -35,12 +35,7 @@ from ds_inpaint.models._folder import (
     read_config,
     token_ids,
 )
-from ds_inpaint.models._outline import (
-    NO_FOLDER,
-    outlined_denoiser,
-    outlined_text,
-    outlined_vae,
-)
+from ds_inpaint.models._outline import NO_FOLDER, drawn_text, drawn_vae, nowhere, outlined, outlined_text
 from ds_inpaint.models._prompts import PromptCache, PromptEncoder
 from ds_inpaint.outline import Configs, Outline
 from ds_inpaint.processes import DiscreteDiffusion
@@ -108,14 +103,22 @@ class SD(Family):
         if problem := self.denoiser_problem():
             raise InputError(f"model.denoiser: {problem}")
         source = self._unet(folder)
-        unet = create_denoiser(UNet2DConditionModel, source, placement, self.lora, LORA_TARGETS, ENTRANCES)
-        if placement.channels_last:
-            compute_channels_last(unet)
+        unet = self._placed_unet(read_config(source), source, placement)
         text = PromptCache(SDText(folder, placement), placement.device)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-        vae = load_vae(folder, placement)
-        codec = LatentCodec(vae, 0, _multiple(vae.config, unet.config))
-        return self._policy(unet, codec, text, scheduler, source, folder)
+        return self._policy(unet, load_vae(folder, placement), text, scheduler, source, folder)
+
+    def drawn(self, configs: Configs, placement: Placement) -> SDPolicy:
+        """The model with random weights, and random numbers in place of what is said of prompts.
+
+        Raises:
+            InputError: a LoRA target does not exist.
+        """
+        clip = configs["text_encoder"]
+        unet = self._placed_unet(configs[self.part], None, placement)
+        text = drawn_text({"text": (clip["max_position_embeddings"], clip["hidden_size"])}, placement)
+        scheduler = DDIMScheduler.from_config(dict(configs["scheduler"]))
+        return self._policy(unet, drawn_vae(configs["vae"], placement), text, scheduler, NO_FOLDER, NO_FOLDER)
 
     def outline(self, configs: Configs, dtype: torch.dtype, activation_checkpointing: bool) -> Outline:
         """The model without its numbers.
@@ -123,31 +126,19 @@ class SD(Family):
         Raises:
             InputError: a LoRA target does not exist.
         """
-        unet = outlined_denoiser(
-            UNet2DConditionModel,
-            configs[self.part],
-            dtype,
-            activation_checkpointing,
-            self.lora,
-            LORA_TARGETS,
-            ENTRANCES,
-        )
-        vae = outlined_vae(configs["vae"], dtype)
-        codec = LatentCodec(vae, 0, _multiple(vae.config, unet.config))
-        clip = configs["text_encoder"]
+        policy = self.drawn(configs, nowhere(dtype, activation_checkpointing))
+        return outlined(policy, outlined_text(CLIPTextModel, configs["text_encoder"]))
 
-        def text(prompts: Sequence[str]) -> dict[str, Tensor]:
-            shape = len(prompts), clip["max_position_embeddings"], clip["hidden_size"]
-            return {"text": torch.empty(shape, dtype=dtype, device="meta")}
-
-        scheduler = DDIMScheduler.from_config(dict(configs["scheduler"]))
-        policy: Any = self._policy(unet, codec, text, scheduler, NO_FOLDER, NO_FOLDER)
-        return Outline(policy, unet, vae, (outlined_text(CLIPTextModel, clip),))
+    def _placed_unet(self, config: Mapping[str, Any], folder: Path | None, placement: Placement) -> Any:
+        unet = create_denoiser(UNet2DConditionModel, config, folder, placement, self.lora, LORA_TARGETS, ENTRANCES)
+        if placement.channels_last:
+            compute_channels_last(unet)
+        return unet
 
     def _policy(
         self,
-        unet: Denoiser,
-        codec: LatentCodec,
+        unet: Any,
+        vae: AutoencoderKL,
         text: PromptEncoder,
         scheduler: DDIMScheduler,
         source: Path,
@@ -157,7 +148,7 @@ class SD(Family):
             denoiser=unet,
             denoiser_folder=source,
             folder=folder,
-            codec=codec,
+            codec=LatentCodec(vae, 0, _multiple(vae.config, unet.config)),
             text=text,
             negative_prompt=self.negative_prompt,
             diffusion=DiscreteDiffusion(
