@@ -109,7 +109,7 @@ def _gains(comparison: Comparison) -> str:
     }
     return (
         f"<h2>Differences to {baseline}</h2>"
-        f'<p class="note">Item by item, on the same holes and noise. Intervals of a metric are drawn to one scale about 0. '
+        f'<p class="note">Item by item, on the same holes and noise. Intervals of a metric share a scale about 0. '
         f"Won: share of items better than {baseline}, ties counting half.</p>"
         f"{_table(['', 'difference', '', '', 'won'], groups)}"
     )
