@@ -6,28 +6,38 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ds_inpaint.comparison import ALL, Comparison, Item, Metric
+from ds_inpaint.framing import Pixels
+from ds_inpaint.images import image_size
 from ds_inpaint.outputs import write_text
 from ds_inpaint.report_page import page
-from ds_inpaint.report_text import difference, figure, named, won
+from ds_inpaint.report_text import absent, difference, figure, named, won
+from ds_inpaint.statistics import Estimate
+
+BENEATH_GAINS = (
+    " Bold: the interval of the difference excludes 0. Won: share of items better than {baseline}, ties counting half."
+)
 
 MOST = 12
 """Pictures that gained most, and lost most, that the page shows of each model."""
 
 
 def write_report(folder: Path, comparison: Comparison) -> None:
-    """Write all four files; the pictures that ``pictured`` names must lie in the folder already."""
+    """Write all four files; the pictures of the items that ``pictured`` names should lie in the folder already.
+
+    Raises:
+        UnusablePicture: one of them is there and is no picture.
+    """
+    shown = {model: ranked(comparison, model) for model in _judged(comparison)}
     write_text(folder / "results.json", json.dumps(_plain(comparison), indent=1) + "\n")
     write_text(folder / "results.csv", _csv(comparison))
     write_text(folder / "table.md", table(comparison))
-    write_text(
-        folder / "index.html", page(comparison, {model: ranked(comparison, model) for model in _judged(comparison)})
-    )
+    write_text(folder / "index.html", page(comparison, shown, _sizes(folder, shown)))
 
 
 def pictured(comparison: Comparison) -> set[str]:
@@ -60,9 +70,9 @@ def table(comparison: Comparison) -> str:
     if len(comparison.sizes) > 1:
         parts.append(_by_size(comparison))
     parts.append(
-        f"Means over {len(comparison.items)} items with their 95 % bootstrap intervals; ↑: higher is better, ↓: lower. "
-        f"Bold: the interval excludes 0. Won: share of the items where the model is better than the first. "
-        f"{len(comparison.failures)} values are missing."
+        f"Means over {len(comparison.items)} items, each the mean of its seeds, with 95 % bootstrap intervals over "
+        f"items; ↑: higher is better, ↓: lower. n: items with a value, where values of single pictures are missing."
+        + (BENEATH_GAINS.format(baseline=_escaped(comparison.models[0])) if comparison.others else "")
     )
     return "\n\n".join(parts) + "\n"
 
@@ -70,6 +80,13 @@ def table(comparison: Comparison) -> str:
 def _judged(comparison: Comparison) -> Sequence[str]:
     """The models that have pictures ranked."""
     return comparison.others or comparison.models
+
+
+def _sizes(folder: Path, shown: Mapping[str, tuple[Sequence[Item], Sequence[Item]]]) -> dict[str, Pixels]:
+    """Height and width of those pictures of the items that lie in the folder."""
+    items = [item for both in shown.values() for each in both for item in each]
+    files = {file for item in items for file in (item.masked, item.original, *item.pictures.values())}
+    return {file: image_size(folder / file, file) for file in sorted(files) if (folder / file).is_file()}
 
 
 def _worth(item: Item, comparison: Comparison, model: str) -> float:
@@ -109,8 +126,7 @@ def _by_size(comparison: Comparison) -> str:
 
 def _cell(comparison: Comparison, model: str, metric: Metric, size: str) -> str:
     estimate = comparison.summary[model][metric.name][size]
-    failed = f", {estimate.failed} missing" if estimate.failed else ""
-    return f"{figure(estimate)}{failed}"
+    return f"{figure(estimate)}{_lacking(estimate)}"
 
 
 def _gain(comparison: Comparison, model: str, metric: Metric) -> str:
@@ -119,7 +135,12 @@ def _gain(comparison: Comparison, model: str, metric: Metric) -> str:
     if paired.difference.low > 0 or paired.difference.high < 0:
         told = f"**{told}**"
     share = won(paired, metric)
-    return f"{told}, won {share}" if share else told
+    return f"{told}{_lacking(paired.difference)}" + (f", won {share}" if share else "")
+
+
+def _lacking(estimate: Estimate) -> str:
+    told = absent(estimate)
+    return f" ({told})" if told else ""
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

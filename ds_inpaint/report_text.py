@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 from ds_inpaint.comparison import Metric
 from ds_inpaint.statistics import Estimate, Paired
@@ -23,6 +25,24 @@ def figure(estimate: Estimate) -> str:
 def difference(paired: Paired) -> str:
     """Likewise with its sign."""
     return _told(paired.difference, "+")
+
+
+def absent(estimate: Estimate) -> str:
+    """How much a mean lacks, such as ``n = 59, 3 missing``: its items and the values left out; empty if none are."""
+    return f"n = {estimate.items}, {estimate.failed} missing" if estimate.failed else ""
+
+
+def verdict(paired: Paired, metric: Metric) -> Literal["better", "worse", ""]:
+    """What the interval says of the model; empty where it holds 0 or neither direction is the better one."""
+    risen, fallen = paired.difference.low > 0, paired.difference.high < 0
+    if not metric.better or not (risen or fallen):
+        return ""
+    return "better" if risen == (metric.better == "higher") else "worse"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: ``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def won(paired: Paired, metric: Metric) -> str:
