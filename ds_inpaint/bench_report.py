@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 
@@ -32,6 +32,10 @@ class Round:
     module: float | None
     """The same forwards and backwards on a plain module."""
     flops: Flops
+
+    def share(self, names: Collection[str]) -> float:
+        """Of some phases among all."""
+        return sum(self.phases.get(name, 0.0) for name in names) / sum(self.phases.values())
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,9 @@ class Report:
     """Seconds of the phases of an iteration."""
     overhead: dict[str, float]
     """Ratios of what was measured in the same round: ``iteration_over_engine_calls``, the same
-    ``..._and_steps``, ``engine_over_module``; and ``own_share`` of an iteration, in which neither a model nor an
-    optimizer computes, and no picture, score or other rank is waited for."""
+    ``..._and_steps``, ``engine_over_module``; ``iteration_over_models``, which is the phased one over those phases in
+    which a model or an optimizer computes; and ``own_share`` of an iteration, in which none does, and no picture,
+    score or other rank is waited for."""
     samples_per_second: float
     tflop_per_rank: float
     """Of the denoiser in an iteration, without what activation checkpointing repeats."""
@@ -114,9 +119,8 @@ def report(setting: Setting, everyone: Sequence[Sequence[Round]], checkpoint: fl
         "iteration_over_engine_calls": median(lambda each: each.iteration / each.calls),
         "iteration_over_engine_calls_and_steps": median(lambda each: each.iteration / (each.calls + each.steps)),
     }
-    overhead["own_share"] = median(
-        lambda each: sum(each.phases.get(name, 0) for name in OWN) / sum(each.phases.values())
-    )
+    overhead["iteration_over_models"] = median(lambda each: 1 / each.share(MODELS))
+    overhead["own_share"] = median(lambda each: each.share(OWN))
     modules = [each.module for each in rounds if each.module is not None]
     if modules:
         seconds["module_calls"] = statistics.median(modules)
@@ -206,6 +210,7 @@ OVERHEADS = {
     "iteration_over_engine_calls": "iteration / engine's forwards and backwards",
     "iteration_over_engine_calls_and_steps": "iteration / engine's forwards, backwards and steps",
     "engine_over_module": "engine / plain module",
+    "iteration_over_models": "iteration / all that models and optimizer compute",
     "own_share": "share of the phases called *the rest* and *send*",
 }
 """Ratios of a report, as the table words them."""
@@ -222,6 +227,12 @@ COMPUTING = {
     "update": ("rollout: kept forwards", "update: forwards", "update: backwards"),
 }
 """The phases in which the denoiser computes."""
+
+MODELS = (
+    *(phase for phases in COMPUTING.values() for phase in phases),
+    *("encode", "decode", "optimizer step", "moving average", "reference: weights"),
+)
+"""The phases in which a model or an optimizer computes."""
 
 OWN = ("the rest", "rollout: the rest", "update: the rest", "send to the scorers")
 """Phases in which no model computes and nothing is waited for."""

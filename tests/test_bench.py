@@ -142,6 +142,7 @@ def test_the_slowest_rank_counts_and_medians_are_of_ratios_in_a_round():
         "iteration_over_engine_calls": 2,
         "iteration_over_engine_calls_and_steps": 1.6,
         "engine_over_module": 1.5,
+        "iteration_over_models": pytest.approx((1 + 1) / 2),
         "own_share": 0,
     }
     halves = {"rollout: forwards": 1, "decode": 1.5, "the rest": 0, "update: forwards": 2, "update: backwards": 4}

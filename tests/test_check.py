@@ -80,7 +80,7 @@ def test_random_weights_make_a_working_model(family):
     model = family(str(TINY_MODELS / family.__name__.lower()), lora=LoRA(rank=2))
     alone = Ranks(0, 1, torch.device("cpu"))
     policies = [model.drawn(model.configs(), place(EngineSection(zero_stage=2), alone)) for _ in range(2)]
-    first, second = ({name: tensor for name, tensor in policy.denoiser.named_parameters()} for policy in policies)
+    first, second = (dict(policy.denoiser.named_parameters()) for policy in policies)
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     batch = two_triples(32, 32)
     latents = torch.randn(2, *policies[0].latent_shape(32, 32))
@@ -291,6 +291,7 @@ def test_the_command_tells_everything_and_writes_it(recipes, tmp_path, capsys):
         "optimizer state, fp32",
         "fits: 76.0 GB can be used",
         "3 iterations and 2 evaluations",
+        "engine.micro_batch=4 would fit, too",
     ):
         assert line in told
     written = json.loads(file.read_text())
