@@ -29,8 +29,8 @@ from ds_inpaint.engine import Engine
 from ds_inpaint.models.flux import Flux
 from ds_inpaint.models.sd import SD
 from ds_inpaint.optimizer import OptimizerSection
-from ds_inpaint.sharded_load import create
-from ds_inpaint.values import Batch, Condition, Placement, Policy
+from ds_inpaint.trainer import place
+from ds_inpaint.values import Batch, Condition, Policy
 from ds_inpaint.zero_config import EngineSection, setup
 
 MODELS = Path("recipes/tiny/models")
@@ -76,14 +76,7 @@ def larger_unet(folder: Path) -> Path:
 
 
 def load(model: Any, section: EngineSection, ranks: Ranks) -> tuple[Policy, Engine]:
-    placement = Placement(
-        ranks.device,
-        section.dtype,
-        section.activation_checkpointing,
-        section.channels_last,
-        lambda build, folder: create(build, folder, section, ranks),
-    )
-    policy = model.load(placement)
+    policy = model.load(place(section, ranks))
     optimizer = OptimizerSection(learning_rate=1e-6)
     engine = Engine(policy.denoiser, section, optimizer, ranks, total_steps=99, leaf_classes=model.leaf_blocks)
     return replace(policy, denoiser=engine), engine

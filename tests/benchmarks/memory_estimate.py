@@ -4,9 +4,8 @@
 
 Measured is what torch's CPU allocator hands out on rank 0 between the start and the end of a run of two iterations with
 two evaluations, as torch's profiler sees every allocation: exact to the byte, unlike the resident memory of a process.
-Both sides leave out what is no tensor. On a CPU two things differ from a GPU and are told to the prediction: gradients
-do not travel while others are computed, and AdamW is not fused, so that its step makes temporary copies of its shards.
-Work space inside the CPU's own operations is measured, and not predicted.
+Both sides leave out what is no tensor. On a CPU gradients do not travel while others are computed, which the prediction
+is told. Work space inside the CPU's own operations is measured, and not predicted.
 """
 
 from __future__ import annotations
@@ -55,6 +54,8 @@ JOBS: list[tuple[str, list[str]]] = [
     ("grpo_flux", ["engine.zero_stage=3", "engine.precision=bf16", "model.lora.rank=8"]),
     ("dpo_sd", ["engine.zero_stage=1", "engine.precision=bf16", "ema.decay=0.9", NO_CHECKPOINTING]),
     ("grpo_sd", ["engine.zero_stage=2", "engine.precision=bf16", NO_CHECKPOINTING, "data.batch=8"]),
+    ("grpo_sd", ["engine.zero_stage=2", "engine.precision=fp32", "algorithm.lean=true"]),
+    ("grpo_flux", ["engine.zero_stage=1", "engine.precision=fp32", "algorithm.lean=true", NO_CHECKPOINTING]),
 ]
 """Tiny recipes and what is changed in them."""
 

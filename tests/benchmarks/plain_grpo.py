@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,9 @@ from ds_inpaint.pixels import paste_known, to_bytes
 from ds_inpaint.recipe import Recipe, load_recipe
 from ds_inpaint.regions import latent_holes
 from ds_inpaint.rows import read_rows
-from ds_inpaint.sharded_load import create
-from ds_inpaint.trainer import assembled
-from ds_inpaint.values import Placement, Triple
-from ds_inpaint.zero_config import EngineSection, setup
+from ds_inpaint.trainer import assembled, place
+from ds_inpaint.values import Triple
+from ds_inpaint.zero_config import setup
 
 RECIPE = Path("recipes/tiny/grpo_sd.yaml")
 KEYS = ["data.batch=5", "rewards.scorers={seam: 1.0}", "ema.decay=0.99", "optimizer.schedule=constant"]
@@ -50,14 +50,9 @@ class PlainGRPO:
     """The plain trainer of a recipe; one HTTP server scores."""
 
     def __init__(self, recipe: Recipe, port: int) -> None:
-        whole = EngineSection(zero_stage=0, precision="fp32")
-        placement = Placement(
-            CPU,
-            torch.float32,
-            recipe.engine.activation_checkpointing,
-            lambda build, folder: create(build, folder, whole, Ranks(0, 1, 0, CPU)),
-        )
-        self.recipe, self.port, self.policy = recipe, port, recipe.model.load(placement)
+        whole = replace(recipe.engine, zero_stage=0, precision="fp32")
+        self.recipe, self.port = recipe, port
+        self.policy = recipe.model.load(place(whole, Ranks(0, 1, CPU)))
         self.weights = list(self.policy.denoiser.parameters())
         self.average = [weight.detach().clone() for weight in self.weights]
         rule = recipe.optimizer
