@@ -30,7 +30,7 @@ FLOORS = (
     "algorithms",
     "recipe recipe_schema recipe_diff run_folder model_card commands export policies",
     "gpus engine_memory memory duration plan remedies check_text",
-    "meter trainer",
+    "meter trainer bench_rounds",
     "photos run check bench prepare sample evaluate launcher",
 )
 """Files and folders of ds_inpaint, bottom first. Each imports only what stands below it or left of it."""
