@@ -112,15 +112,18 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _room(options: argparse.Namespace, plan: Plan, configs: Configs) -> Plan | None:
-    """The plan with the largest micro-batch that fits and makes fewer calls, if any; sizes are doubled."""
-    best, size = None, 2 * plan.recipe.engine.micro_batch
-    while True:
-        larger = [*options.overrides, f"engine.micro_batch={size}"]
-        recipe = load_recipe(options.recipe, larger, options.num_gpus)
-        other = make_plan(recipe, configs, plan.sizes, plan.machine)
-        if other.iteration == (best or plan).iteration or other.memory().total > plan.machine.usable_bytes:
-            return best
-        best, size = other, 2 * size
+    """The plan with the largest micro-batch that fits, if that is larger than the recipe's; sizes are doubled."""
+    size, sizes = plan.recipe.engine.micro_batch, []
+    most = max(sum(forwards.batches) for workload in plan.iteration for forwards in workload.denoiser)
+    while size < most:
+        size = min(2 * size, most)
+        sizes.append(size)
+    for size in reversed(sizes):
+        recipe = load_recipe(options.recipe, [*options.overrides, f"engine.micro_batch={size}"], options.num_gpus)
+        larger = make_plan(recipe, configs, plan.sizes, plan.machine)
+        if larger.memory().total <= plan.machine.usable_bytes:
+            return larger
+    return None
 
 
 def _remedies(options: argparse.Namespace, plan: Plan, configs: Configs) -> Iterator[Remedy]:
