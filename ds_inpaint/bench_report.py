@@ -201,8 +201,13 @@ def table(report: Report) -> str:
     if "checkpoint" in seconds:
         rows.append(f"| a checkpoint, beside the iterations | {seconds['checkpoint']:.4f} s |")
     memory = ", ".join(f"{peak / 1e9:.2f}" for peak in report.peak_memory_bytes)
-    rows.append(f"| peak memory of each rank ({'process' if setting.device == 'CPU' else 'tensors'}) | {memory} GB |")
-    rows.append(f"| tensors as ds_inpaint.check predicts them | {report.predicted_memory_bytes / 1e9:.2f} GB |")
+    if setting.device == "CPU":
+        rows.append(f"| peak memory of each rank's process | {memory} GB |")
+    else:
+        predicted = f"{report.predicted_memory_bytes / 1e9:.2f}"
+        rows.append(
+            f"| peak memory of each rank's tensors; as ds_inpaint.check predicts it | {memory}; {predicted} GB |"
+        )
     return "\n".join(rows)
 
 
