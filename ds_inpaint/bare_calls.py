@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -63,9 +64,23 @@ class Bare:
     """Ends an update, in time that is not counted as that of its calls."""
 
     @classmethod
-    def module(cls, module: nn.Module) -> Bare:
-        """A module of plain PyTorch; it forgets the gradients of an update where an engine would apply them."""
-        return cls(module, torch.Tensor.backward, module.zero_grad)
+    def module(cls, module: nn.Module, around: Callable[[], AbstractContextManager[None]]) -> Bare:
+        """A module of plain PyTorch; it forgets the gradients of an update where an engine would apply them.
+
+        Args:
+            module: called as the engine is.
+            around: a context for each of its calls.
+        """
+
+        def forward(*inputs: Any, **named: Any) -> Any:
+            with around():
+                return module(*inputs, **named)
+
+        def backward(loss: Tensor) -> None:
+            with around():
+                torch.autograd.backward(loss)
+
+        return cls(forward, backward, module.zero_grad)
 
     def seconds(self, updates: Sequence[Sequence[Call]], synchronize: Callable[[], None]) -> tuple[float, float]:
         """Make the calls; returns the seconds of all forwards and backwards, and those of the steps."""

@@ -1,11 +1,12 @@
 """Measure how fast a recipe trains on this machine, and where the time goes.
 
     python -m ds_inpaint.bench recipes/tiny/grpo_sd.yaml [section.key=value ...] [--iterations N] [--json FILE]
-    deepspeed --num_gpus 8 -m ds_inpaint.bench recipes/grpo_flux.yaml --random-weights flux-12b
+    deepspeed --num_gpus 8 -m ds_inpaint.bench recipes/grpo_flux.yaml --random-weights flux-12b --no-module \\
+        data.train=rows.jsonl data.heldout=other.jsonl 'rewards={servers: embedded, scorers: {seam: 1.0}}'
 
 Trains in a temporary folder beside ``run.dir``. Each round is an iteration as it is, the same again with its phases
-measured, and its forwards and backwards alone: on the engine, and on a plain module, whose weights and
-gradients must fit beside the engine (--no-module leaves it out). --random-weights flux-12b or sd15 takes the shape of
+measured, and its forwards and backwards alone: on the engine, and on a plain module, whose weights and gradients must
+fit beside the engine on each rank (--no-module leaves it out). --random-weights flux-12b or sd15 takes the shape of
 that model, and nothing is downloaded.
 """
 
@@ -27,9 +28,11 @@ import torch
 
 from ds_inpaint.bench_report import Peaks, Setting, report, table
 from ds_inpaint.bench_rounds import Bench, Load
+from ds_inpaint.cache import is_prepared
 from ds_inpaint.commands import leaving, run_command
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.duration import Assumptions, Machine
+from ds_inpaint.errors import InputError
 from ds_inpaint.gpus import GPUS, known_as
 from ds_inpaint.plan import make_plan, read_sizes
 from ds_inpaint.recipe import Recipe, load_recipe
@@ -57,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe keys to change")
     parser.add_argument("--iterations", type=_positive, default=5, metavar="N", help="rounds to measure (default 5)")
     parser.add_argument(
-        "--warmup", type=_positive, default=2, metavar="N", help="iterations before them (default 2), of peak memory"
+        "--warmup",
+        type=_positive,
+        default=2,
+        metavar="N",
+        help="iterations before them (default 2), of peak memory; the first is never lean",
     )
     parser.add_argument("--json", type=_writable, metavar="FILE", help="where to write the figures")
     parser.add_argument(
@@ -109,11 +116,15 @@ def _bench(recipe: Recipe, ranks: Ranks, options: argparse.Namespace) -> None:
     total = options.warmup + options.iterations
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
     gpu = known_as(device)
-    # What is asked of the plan is the same on every GPU.
-    machine = Machine(gpu or GPUS["h100"], ranks.world_size, Assumptions())
+    peak = gpu.flops(recipe.engine.precision, tf32=recipe.engine.tf32) / 1e12 if gpu else None
+    prepared = [is_prepared(file) for file in (recipe.data.train, recipe.data.heldout)]
     shape: str | None = options.random_weights
     with ranks.together():
+        if shape is not None and any(prepared):
+            raise InputError("--random-weights: found prepared data, which other weights have made; give its pictures.")
         configs = recipe.model.configs() if shape is None else recipe.model.published(shape)
+        # What is asked of the plan is the same on every kind of GPU.
+        machine = Machine(gpu or GPUS["h100"], ranks.world_size, Assumptions())
         plan = make_plan(recipe, configs, read_sizes(recipe), machine)
     load: Load = recipe.model.load if shape is None else partial(recipe.model.drawn, configs)
     with _folder(recipe, ranks) as folder:
@@ -123,7 +134,7 @@ def _bench(recipe: Recipe, ranks: Ranks, options: argparse.Namespace) -> None:
             Tracker(recipe.tracking, folder, recipe.run.name, -1, total, plain(recipe), ranks.is_main) as tracker,
         ):
             bench = Bench(run, tracker, plan)
-            peak = bench.warm_up(options.warmup)
+            memory = bench.warm_up(options.warmup)
             module = None if options.no_module else bench.plain_module(load, options.warmup)
             rounds = [bench.round(options.warmup + number, module) for number in range(options.iterations)]
             checkpoint = None if options.no_checkpoint else bench.checkpoint(total)
@@ -142,9 +153,9 @@ def _bench(recipe: Recipe, ranks: Ranks, options: argparse.Namespace) -> None:
         ranks.gather(rounds),
         checkpoint,
         Peaks(
-            ranks.gather(peak),
-            plan.memory().total,
-            options.peak_tflops or (machine.peak(recipe.engine) / 1e12 if gpu else None),
+            ranks.gather(memory),
+            bench.predicted_memory(text_encoders=shape is None and not all(prepared)),
+            options.peak_tflops or peak,
         ),
     )
     if ranks.is_main:

@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from ds_inpaint.bench_report import Flops, Round
 from ds_inpaint.data import rows_of_iteration
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.engine import Engine
+from ds_inpaint.memory import estimate
 from ds_inpaint.phases import Around, Phases, wrapped
 from ds_inpaint.plan import Plan
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Rollout
 from ds_inpaint.slots import Slots
-from ds_inpaint.switches import compile_blocks
+from ds_inpaint.switches import attention, compile_blocks
 from ds_inpaint.tracking import Tracker
 from ds_inpaint.trainer import Progress, TrainingRun, place
 from ds_inpaint.values import Placement, Policy
@@ -39,6 +41,8 @@ class Bench:
 
     def warm_up(self, iterations: int) -> int:
         """Iterate; returns this rank's peak memory in bytes."""
+        if self.run.ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # loading has one of its own
         for iteration in range(iterations):
             self.run.iterate(iteration, self.tracker)
         return _peak_memory(self.run.ranks.device)
@@ -49,7 +53,7 @@ class Bench:
         denoiser: Any = load(place(replace(engine, zero_stage=1), self.run.ranks)).denoiser
         if engine.compile:
             compile_blocks(denoiser, self.run.recipe.model.leaf_blocks)
-        module = Bare.module(denoiser)
+        module = Bare.module(denoiser, partial(attention, engine.attention))
         module.seconds(self._iterate(iteration)[1], self._synchronize)  # the first calls allocate and tune
         return module
 
@@ -76,6 +80,14 @@ class Bench:
             self.run.engine.finish_save()
 
         return self._timed(save)
+
+    def predicted_memory(self, *, text_encoders: bool) -> int:
+        """Of the tensors of the rank that has most, in bytes, as ``check`` predicts it of an iteration."""
+        recipe, count = self.run.recipe, self.run.ranks.world_size
+        return max(
+            estimate(recipe, self.plan.costs, count, [workload], prepared=not text_encoders).total
+            for workload in set(self.plan.iteration)
+        )
 
     def _flops(self, iteration: int) -> Flops:
         """Of this rank's calls of the denoiser."""

@@ -92,7 +92,8 @@ def _check(options: argparse.Namespace) -> None:
     print(describe(options.gpu, plan, keys), flush=True)
     needed, limit = plan.memory().total, machine.usable_bytes
     tried = []
-    if room := _room(options, plan, configs):
+    room = _room(options, plan, configs)
+    if room:
         print(
             f"\nengine.micro_batch={room.recipe.engine.micro_batch} would fit, too, with "
             f"{room.memory().total / 1e9:.1f} GB: fewer and larger forwards."
@@ -103,7 +104,7 @@ def _check(options: argparse.Namespace) -> None:
             tried.append(remedy)
             print(told(remedy, options.num_gpus), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(summary(options.gpu, plan, keys, tried), indent=1) + "\n")
+        options.json.write_text(json.dumps(summary(options.gpu, plan, keys, tried, room), indent=1) + "\n")
     if needed > limit:
         raise InputError(
             f"{options.recipe} does not fit: it takes {needed / 1e9:.1f} GB of each {options.gpu}, and "
@@ -121,7 +122,8 @@ def _room(options: argparse.Namespace, plan: Plan, configs: Configs) -> Plan | N
     for size in reversed(sizes):
         recipe = load_recipe(options.recipe, [*options.overrides, f"engine.micro_batch={size}"], options.num_gpus)
         larger = make_plan(recipe, configs, plan.sizes, plan.machine)
-        if larger.memory().total <= plan.machine.usable_bytes:
+        # Of an iteration with several updates the largest may cut nothing otherwise.
+        if larger.iteration != plan.iteration and larger.memory().total <= plan.machine.usable_bytes:
             return larger
     return None
 

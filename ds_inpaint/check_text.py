@@ -20,7 +20,7 @@ def describe(gpu: str, plan: Plan, keys: Sequence[Setting]) -> str:
         [
             *_recipe(keys),
             "",
-            *_counts("One iteration", plan, plan.iteration),
+            *_counts("One iteration" if plan.is_steady else "The second iteration", plan, plan.iteration),
             "",
             *_counts(f"One evaluation ({plan.evaluations} in the run)", plan, plan.evaluation),
             "",
@@ -38,8 +38,10 @@ def told(remedy: Remedy, gpus: int) -> str:
     return f"  {remedy.bytes / 1e9:8.1f} GB  {verdict:16}  {' '.join([*remedy.settings, *ranks])}"
 
 
-def summary(gpu: str, plan: Plan, keys: Sequence[Setting], tried: Sequence[Remedy]) -> dict[str, Any]:
-    """The same for programs; bytes, seconds and floating-point operations."""
+def summary(
+    gpu: str, plan: Plan, keys: Sequence[Setting], tried: Sequence[Remedy], room: Plan | None
+) -> dict[str, Any]:
+    """The same for programs, and what could be changed: bytes, seconds, floating-point operations."""
     memory = plan.memory()
     return {
         "recipe": {each.key: {"value": each.value, "origin": each.origin} for each in keys},
@@ -59,6 +61,7 @@ def summary(gpu: str, plan: Plan, keys: Sequence[Setting], tried: Sequence[Remed
         "memory": {**asdict(memory), "total": memory.total, "usable": plan.machine.usable_bytes},
         "seconds": plan.seconds(),
         "remedies": [asdict(remedy) for remedy in tried],
+        "largest_micro_batch": room and {"micro_batch": room.recipe.engine.micro_batch, "total": room.memory().total},
     }
 
 

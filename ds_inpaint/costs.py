@@ -35,6 +35,8 @@ class Costs:
 
     outline: Outline
     pixels: Pixels
+    fused_attention: bool = True
+    """Whether attention never holds all scores at once."""
     _known: dict[Call, Cost] = field(default_factory=dict, init=False)
 
     def of(self, call: Call) -> Cost:
@@ -42,7 +44,9 @@ class Costs:
         if self.rows_per_sample == 1:
             call = replace(call, guided=False)  # it makes no difference
         if call not in self._known:
-            self._known[call] = trace(self.computation(call), (self.outline.denoiser, self.outline.vae))
+            self._known[call] = trace(
+                self.computation(call), (self.outline.denoiser, self.outline.vae), fused=self.fused_attention
+            )
         return self._known[call]
 
     def model_flops(self, forwards: Forwards) -> int:

@@ -7,7 +7,7 @@ with the engine's collectives.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from ds_inpaint.errors import DsInpaintError, PlanMismatch, Stopped
 from ds_inpaint.stopping import StopRequest
 
+Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 UNREACHABLE = (
@@ -125,6 +126,17 @@ class Ranks:
         except DsInpaintError as error:
             failure = error
         self.stop_together(failure)
+
+    def each(self, items: Sequence[Item], work: Callable[[Item], None]) -> None:
+        """Work on this rank's items, while every other rank works on one of its own; when one fails, all stop there.
+
+        Raises:
+            DsInpaintError: see ``stop_together``.
+        """
+        for turn in range(max(self.gather(len(items)))):
+            with self.together():
+                if turn < len(items):
+                    work(items[turn])
 
     def stop_if_asked(self) -> None:
         """Leave this place together if any rank was asked to stop.

@@ -145,13 +145,13 @@ def evaluate(settings: Evaluating, folders: Sequence[Path], data: Path, out: Pat
         batches = _batches(triples, max(1, settings.measure.batch // len(seeds)))
         mine = batches[ranks.rank :: ranks.world_size]
         measured = Measured()
-        with (
-            ranks.together(),
-            progress_bar(sum(map(len, mine)), "evaluate", "row", shown=ranks.is_main) as bar,
-        ):
-            for batch in mine:
+        with progress_bar(sum(map(len, mine)), "evaluate", "row", shown=ranks.is_main) as bar:
+
+            def measure_rows(batch: Sequence[Triple]) -> None:
                 measured.add(measure(batch, results, seeds, client, settings.measure.brushnet))
                 bar.update(len(batch))
+
+            ranks.each(mine, measure_rows)
     everything = Measured()
     for part in ranks.gather(measured):
         everything.add(part)

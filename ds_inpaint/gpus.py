@@ -10,6 +10,7 @@ class GPU:
     """One kind of GPU; G is 10^9 and T 10^12."""
 
     memory_GB: float
+    """Nominal; CUDA may report some percent more."""
     bf16_TFLOPS: float
     """Peak of dense matrix products with fp32 sums; data sheets often print twice as much, with sparsity."""
     fp32_TFLOPS: float
@@ -38,6 +39,6 @@ GPUS = {
 
 
 def known_as(name: str) -> GPU | None:
-    """The GPU that CUDA calls so; None for other kinds, and for forms with other peaks than the table's."""
+    """The GPU that CUDA calls so; None for other kinds, and for forms and parts with other peaks than the table's."""
     words = name.lower().replace("-", " ").split()
-    return None if {"pcie", "nvl"} & set(words) else next((GPUS[word] for word in words if word in GPUS), None)
+    return None if {"pcie", "nvl", "mig"} & set(words) else next((GPUS[word] for word in words if word in GPUS), None)

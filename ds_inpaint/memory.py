@@ -57,9 +57,9 @@ def estimate(
         call = Call("predict", max(forwards.batches), forwards.guided, forwards.trained)
         beside = states.beside_backward if forwards.trained else states.beside_forward
         if forwards.kept:
-            graph = costs.of(replace(call, kind="graph")).left
-            lasting.append(Part("kept graphs", graph * forwards.calls))
-            beside -= graph
+            graphs = [costs.of(replace(call, kind="graph", count=count)).left for count in forwards.batches]
+            lasting.append(Part("kept graphs", forwards.repeats * sum(graphs)))
+            beside -= max(graphs)
         passing[forwards.phase] = costs.of(call).bytes + beside
     passing["optimizer step"] = states.step
     for kind in ("encode", "decode"):

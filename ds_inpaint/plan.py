@@ -75,6 +75,11 @@ class Plan:
         return self.workloads(1)
 
     @property
+    def is_steady(self) -> bool:
+        """Whether all iterations but the first do the same."""
+        return len(set(map(self.workloads, range(1, self.recipe.run.iterations)))) <= 1
+
+    @property
     def evaluations(self) -> int:
         """Before the first iteration, after every so many, and after the last."""
         last, every = self.recipe.run.iterations, self.recipe.evaluation.every
@@ -149,7 +154,7 @@ def make_plan(recipe: Recipe, configs: Configs, sizes: Sizes, machine: Machine) 
         recipe,
         machine,
         sizes,
-        Costs(outline, sizes.largest),
+        Costs(outline, sizes.largest, fused_attention=engine.attention != "math"),
         tuple(deal(rank, recipe.sampler, recipe.data.train) for rank in range(machine.count)),
         tuple(
             heldout.workload(

@@ -152,5 +152,5 @@ def load_policy(model: Any, inference: Inference, ranks: Ranks, *, denoiser: boo
     section = inference.section
     with ranks.together():
         return replace(model, lora=None).load(
-            Placement(ranks.device, section.dtype, False, section.channels_last, whole if denoiser else unread)
+            Placement(ranks.device, section.dtype, False, False, whole if denoiser else unread)
         )

@@ -166,11 +166,14 @@ def sample(settings: Sampling, data: Path, out: Path, ranks: Ranks) -> None:
     mine = batches[ranks.rank :: ranks.world_size]
     schedules = {pixels: settings.sampler.schedule(policy.process(*pixels)) for pixels in settings.data.shapes}
     rejected: list[Problem] = []
-    with ranks.together(), progress_bar(sum(map(len, mine)), "sample", "picture", shown=ranks.is_main) as bar:
-        for jobs in mine:
+    with progress_bar(sum(map(len, mine)), "sample", "picture", shown=ranks.is_main) as bar:
+
+        def fill(jobs: Sequence[Job]) -> None:
             if not all(job.file(out).exists() for job in jobs):
-                rejected += _fill(policy, schedules[jobs[0].triple.pixels], jobs, out, ranks.device)
+                rejected.extend(_fill(policy, schedules[jobs[0].triple.pixels], jobs, out, ranks.device))
             bar.update(len(jobs))
+
+        ranks.each(mine, fill)
     # A row that several seeds met is told once.
     unusable = {problem.source: problem for part in ranks.gather(rejected) for problem in part}
     problems = [*found.problems, *unusable.values()]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,27 +37,38 @@ def use_tf32(wanted: bool) -> None:
     torch.backends.cudnn.allow_tf32 = wanted
 
 
-def attention(backend: str) -> AbstractContextManager[None]:
-    """Within this context attention, its recomputation included, is computed by one kernel, or by PyTorch's choice."""
-    return nullcontext() if backend == AUTO else sdpa_kernel(BACKENDS[backend])
+@contextmanager
+def attention(backend: str) -> Iterator[None]:
+    """Within this context attention, its recomputation included, is computed by one kernel, or by PyTorch's choice.
+
+    Raises:
+        InputError: this machine lacks the kernel, or it takes no heads of that size or no such numbers.
+    """
+    if backend == AUTO:
+        yield
+        return
+    try:
+        with sdpa_kernel(BACKENDS[backend]):
+            yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("No available kernel", "No viable backend")):
+            raise
+        raise InputError(
+            f"engine.attention: PyTorch {torch.__version__} has no attention kernel {backend!r} for this model's heads "
+            f"and precision on this device. CPUs have flash and math, GPUs all, but flash and cudnn for bf16 only, and "
+            f"cudnn on most of them for heads of up to 128 numbers; {AUTO} always works."
+        ) from error
 
 
 def require_attention(backend: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Try a kernel.
+    """Try a kernel before any model is loaded, whose heads may still be too large for it.
 
     Raises:
         InputError: this machine lacks it, or it does not compute in ``dtype``.
     """
     trial = torch.zeros(1, 1, HEAD, HEAD, dtype=dtype, device=device)
-    try:
-        with attention(backend):
-            scaled_dot_product_attention(trial, trial, trial)
-    except RuntimeError as error:
-        raise InputError(
-            f"engine.attention: PyTorch {torch.__version__} has no attention kernel {backend!r} for {dtype} on "
-            f"{_name_of(device)}. CPUs have flash and math, GPUs all, but flash and cudnn for bf16 only; {AUTO} always "
-            f"works."
-        ) from error
+    with attention(backend):
+        scaled_dot_product_attention(trial, trial, trial)
 
 
 def require_compiler(device: torch.device) -> None:

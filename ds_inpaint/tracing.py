@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,17 +28,18 @@ class Cost:
     """Memory of what its result keeps, the graph included."""
 
 
-def trace(compute: Callable[[], object], modules: Sequence[nn.Module]) -> Cost:
+def trace(compute: Callable[[], object], modules: Sequence[nn.Module], *, fused: bool = True) -> Cost:
     """The cost of a computation on the meta device, backward and recomputed activations included if it has them.
 
     Args:
         compute: what it is given, it must not make.
         modules: those whose weights it uses, which are not counted. Their gradients are let go of one by one, as ZeRO
             does.
+        fused: whether attention is that of a GPU, which never holds all scores at once.
     """
     weights = [parameter for module in modules for parameter in module.parameters()]
     tally = Tally([*weights, *(buffer for module in modules for buffer in module.buffers())])
-    with fused_attention(), _gradients_let_go(weights), tally:
+    with fused_attention() if fused else nullcontext(), _gradients_let_go(weights), tally:
         result = compute()
         left = tally.live
     del result

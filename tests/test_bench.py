@@ -14,7 +14,7 @@ from torch import nn
 
 from ds_inpaint import bench
 from ds_inpaint.bare_calls import Bare, Recorder
-from ds_inpaint.bench_report import OVERHEADS, Flops, Peaks, Round, Setting, report, table
+from ds_inpaint.bench_report import MODELS, OVERHEADS, OWN, Flops, Peaks, Round, Setting, report, table
 from ds_inpaint.gpus import GPUS, known_as
 from ds_inpaint.phases import Phases, wrapped
 
@@ -171,6 +171,7 @@ def test_the_slowest_rank_counts_and_medians_are_of_ratios_in_a_round():
         ("NVIDIA RTX A6000", "a6000"),
         ("NVIDIA H100 PCIe", None),  # slower than the table's
         ("NVIDIA H200 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
         ("NVIDIA GeForce RTX 4090", None),
         ("CPU", None),
     ],
@@ -203,6 +204,7 @@ def test_the_command_measures_a_recipe(recipe, run_ranks, tmp_path):
         *("wait for the scores", "reference: forwards", "reference: weights", "update: forwards", "update: backwards"),
         *("update: the rest", "optimizer step", "moving average", "other ranks", "the rest"),
     }
+    assert {*MODELS, *OWN} - found["phases"].keys() == {"rollout: kept forwards"}  # which lean updates make
     together = sum(found["phases"].values())
     assert together == pytest.approx(found["seconds"]["phased_iteration"], rel=0.2)  # a sum of medians, and a median
     assert all(value > 0 for value in (*found["phases"].values(), *found["seconds"].values()))

@@ -128,6 +128,13 @@ def test_checkpointing_takes_a_forward_more_and_less_memory(plans):
     assert again.bytes < kept.of(Call("predict", 2, trained=True)).bytes
 
 
+def test_the_math_kernel_of_attention_holds_all_scores(plans):
+    auto, math = (plans("grpo_flux", f"engine.attention={kernel}").costs for kernel in ("auto", "math"))
+    assert math.of(Call("predict", 4)).flops == auto.of(Call("predict", 4)).flops
+    update = Call("predict", 4, trained=True)
+    assert math.of(update).bytes > auto.of(update).bytes
+
+
 def test_guidance_doubles_a_forward(plans):
     guided, plain = (plans("grpo_sd", f"model.guidance={w}").costs for w in ("2.0", "1.0"))
     assert (guided.rows_per_sample, plain.rows_per_sample) == (2, 1)
@@ -301,6 +308,7 @@ def test_the_command_tells_everything_and_writes_it(recipes, tmp_path, capsys):
     assert written["memory"]["total"] < written["memory"]["usable"] == 76e9
     assert written["seconds"] > 0
     assert written["remedies"] == []
+    assert written["largest_micro_batch"]["micro_batch"] == 4
 
 
 def test_the_difference_to_another_recipe_needs_no_plan(recipes, tmp_path, capsys):

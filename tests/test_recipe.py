@@ -130,6 +130,11 @@ BROKEN = {
         "grpo.yaml:20: algorithm.trained_steps: 2 steps are to be trained, but the sampler has 0 trainable ones "
         "(those that draw noise, without the last). Train fewer, or give the sampler more steps or noise.",
     ),
+    "a window without room": (
+        ("trained_steps: 2", "trained_steps: 2\n  window: random\n  step_fraction: 0.0"),
+        "grpo.yaml:20: algorithm.window: random has no room to move in: with step_fraction=0 only 2 of the sampler's "
+        "steps may be trained, as many as trained_steps. Raise step_fraction, train fewer steps, or set window: none.",
+    ),
     "graphs kept in ZeRO-3": (
         ("trained_steps: 2", "trained_steps: 2\n  lean: true"),
         "grpo.yaml:20: algorithm.lean: true with engine.zero_stage=3, where DeepSpeed drops the gradients of forwards "

@@ -76,9 +76,11 @@ def test_attention_is_computed_by_the_kernel_that_is_named(backend):
 
 
 def test_a_kernel_that_is_not_there_is_refused():
-    with pytest.raises(InputError, match=r"kernel 'cudnn' for torch\.bfloat16 on the CPU\. CPUs have flash"):
+    with pytest.raises(InputError, match=r"kernel 'cudnn' for this model's heads .* CPUs have flash"):
         require_attention("cudnn", torch.bfloat16, CPU)
     require_attention("auto", torch.bfloat16, CPU)
+    with pytest.raises(RuntimeError, match="shapes"), attention("flash"):
+        raise RuntimeError("shapes")
 
 
 def test_tf32_holds_for_matrices_and_convolutions_alike():

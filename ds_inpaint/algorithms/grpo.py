@@ -75,9 +75,9 @@ class GRPO:
     window_stride: int = key(1, "Steps that a progressive window moves by; behind the last it begins anew.", at_least=1)
     noisy_steps: str = key(
         "all",
-        "Steps that draw the sampler's noise: `all`, or the `trained` ones, so that what the reward tells apart is "
-        "theirs; the others are deterministic. With same_start a group is one sample up to the first of them, and its "
-        "steps are made once (Flow-GRPO-Fast).",
+        "Steps that draw the sampler's noise: `all`, or the `trained` ones; the others are deterministic. With "
+        "same_start what the reward tells apart is theirs alone, and a group is one sample up to the first of them, "
+        "whose steps are made once (Flow-GRPO-Fast).",
         choices=("all", "trained"),
     )
     clip_range: float = key(
@@ -162,6 +162,13 @@ class GRPO:
                 f"{self.trained_steps} steps are to be trained, but the sampler has {len(sampler.trainable_steps)} "
                 f"trainable ones (those that draw noise, without the last). Train fewer, or give the sampler more "
                 f"steps or noise.",
+            )
+        if self.window != "none" and len(self._allowed(sampler.trainable_steps)) == self.trained_steps:
+            raise Impossible(
+                "algorithm.window",
+                f"{self.window} has no room to move in: with step_fraction={self.step_fraction:g} only "
+                f"{self.trained_steps} of the sampler's steps may be trained, as many as trained_steps. Raise "
+                f"step_fraction, train fewer steps, or set window: none.",
             )
         if self.lean and not engine.graphs_may_wait:
             raise Impossible(
@@ -292,10 +299,13 @@ class GRPO:
         """First steps of the sampler that are the same for a whole group, given the trained ones."""
         return steps[0] if self.same_start and self.noisy_steps == "trained" else 0
 
+    def _allowed(self, trainable: Sequence[int]) -> Sequence[int]:
+        """The noisiest steps, of which K are trained."""
+        return trainable[: max(self.trained_steps, math.ceil(self.step_fraction * len(trainable)))]
+
     def _choose_steps(self, schedule: Schedule, seed: int, iteration: int) -> list[int]:
         """K steps, the same for all samples: groups that differ in them cannot be compared."""
-        trainable = schedule.trainable_steps
-        allowed = trainable[: max(self.trained_steps, math.ceil(self.step_fraction * len(trainable)))]
+        allowed = self._allowed(schedule.trainable_steps)
         if self.window != "none":
             first = self._window_start(len(allowed) - self.trained_steps, seed, iteration)
             return list(allowed[first : first + self.trained_steps])
