@@ -21,7 +21,7 @@ from ds_inpaint.pixels import HOLE_THRESHOLD
 from ds_inpaint.values import Batch, Condition, Encoded, Picture, Triple
 
 READERS = 8
-"""Threads that decode pictures; Pillow lets them run side by side."""
+"""Threads that decode pictures, at most; Pillow lets them run side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,8 @@ def load(triples: Sequence[Triple]) -> Batch:
     Raises:
         InputError: see ``values.PictureSource``; of several the first in the order of the triples.
     """
-    with ThreadPoolExecutor(READERS) as pool:
+    # More threads than this rank may compute with would get in each other's way: small pictures took thrice as long.
+    with ThreadPoolExecutor(min(READERS, torch.get_num_threads())) as pool:
         return batch_of(triples, list(pool.map(lambda triple: triple.picture.read(triple), triples)))
 
 
