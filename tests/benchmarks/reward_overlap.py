@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from reward_helpers import server_process
 
-import ds_inpaint.trainer
 from ds_inpaint import run
 from ds_inpaint.reward_client import Pending, RewardClient
 
@@ -43,14 +42,16 @@ class Scorer:
 """
 
 
-class Sequential(RewardClient):
-    """Waits for every score before it goes on."""
+def score_at_once() -> None:
+    """Let every client wait for the scores of a micro-batch before it goes on."""
+    submit = RewardClient.submit
 
-    def submit(self, *arguments: Any, **named: Any) -> Pending:
-        """Score now."""
-        pending = super().submit(*arguments, **named)
-        self.collect(pending)
+    def submit_and_wait(client: RewardClient, *arguments: Any, **named: Any) -> Pending:
+        pending = submit(client, *arguments, **named)
+        client.collect(pending)
         return pending
+
+    RewardClient.submit = submit_and_wait  # type: ignore[method-assign]
 
 
 def main() -> int:
@@ -58,7 +59,7 @@ def main() -> int:
     if sys.argv[1:]:
         mode, scorer, address, folder = sys.argv[1:]
         if mode == "sequential":
-            ds_inpaint.trainer.RewardClient = Sequential  # type: ignore[misc]
+            score_at_once()
         return run.main(["recipes/tiny/grpo_sd.yaml", *overrides(scorer, address, folder)])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

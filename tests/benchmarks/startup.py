@@ -41,8 +41,8 @@ def worker(file: Path, arguments: list[str]) -> int:
             if purpose == "rollout" and not found:
                 before = {
                     "DeepSpeed's launcher": psutil.Process().create_time() - float(os.environ[STARTED]),
-                    "Python, PyTorch": entered - psutil.Process().create_time(),
-                    "other imports": imported - entered,
+                    "start Python": entered - psutil.Process().create_time(),
+                    "import PyTorch and DeepSpeed": imported - entered,
                 }
                 found.update(before | dict(phases.seconds), whole=time.time() - float(os.environ[STARTED]))
             return call(*given, purpose=purpose, **named)
@@ -54,7 +54,7 @@ def worker(file: Path, arguments: list[str]) -> int:
 
     with wrapped(
         [
-            (run, "load_recipe", always("check the recipe")),
+            (run, "load_recipe", always("import diffusers and check the recipe")),
             (run, "setup", always("join the ranks")),
             (trainer, "read_rows", always("read the rows")),
             (trainer, "connect", phases.borders("reward server")),
