@@ -45,7 +45,7 @@ class EngineMemory:
             Part("moving average, fp32", 4 * self.shard if self.recipe.ema.decay else 0),
             Part("reference", self.size * self.shard if self.recipe.algorithm.uses_reference else 0),
             Part("gradient buckets", self._buckets()),
-            Part("gathered weights", self.size * self._gathered() if stage == 3 else 0),
+            Part("gathered weights", self.size * self._gathered() if self._gathers else 0),
         ]
 
     @property
@@ -113,7 +113,12 @@ class EngineMemory:
     @property
     def _arriving(self) -> int:
         """Bytes of weights that ZeRO-3 holds twice: as they came from the ranks, and put together."""
-        return self.size * self._ahead() if self.stage == 3 else 0
+        return self.size * self._ahead() if self._gathers else 0
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether weights are put together from their parts; a rank alone computes with what it keeps."""
+        return self.stage == 3 and self.world_size > 1
 
     def _gathered(self) -> int:
         """Elements that ZeRO-3 keeps gathered."""

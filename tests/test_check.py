@@ -204,6 +204,8 @@ def test_states_are_divided_as_zero_does(plans, stage, precision, kept):
     assert [found.get(name, 0) for name in names] == pytest.approx([bytes_each * n for bytes_each in kept], abs=16)
     assert found["moving average, fp32"] == pytest.approx(4 * n / (2 if stage else 1), abs=8)
     assert ("gathered weights" in found) == (stage == 3)
+    alone = plans("grpo_sd", f"engine.zero_stage={stage}", f"engine.precision={precision}", ranks=1)
+    assert "gathered weights" not in {part.name for part in alone.memory().lasting}
 
 
 def test_adapters_need_neither_sums_nor_moments_of_the_frozen_weights(plans):
