@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import socket
@@ -17,6 +18,7 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import InputError
@@ -133,9 +135,26 @@ def setup(section: EngineSection) -> Ranks:
         require_compiler(device)
     # Of its Muon optimizer, which it imports for every other one; PyTorch's compiler would take two seconds to load.
     deepspeed.runtime.compiler.compile = lambda: lambda function: function
+    _mend_release_plans()
     patience = timedelta(minutes=section.timeout_minutes)
     deepspeed.init_distributed(timeout=patience, verbose=False)
     return Ranks.of_this_run(device, patience)
+
+
+def _mend_release_plans() -> None:
+    """Let ZeRO-3 plan anew which weights it releases behind a module whenever it learns another order of modules.
+
+    DeepSpeed 0.19 keeps these answers for good. Those of a run's first forwards, which no backward follows, would hold
+    for its updates too: each would gather all weights once more, and gather_once would keep none.
+    """
+    kept = inspect.getclosurevars(Coordinator._PartitionedParameterCoordinator__params_to_release).nonlocals["func"]
+    forget = Coordinator._invalidate_trace
+
+    def forget_both(coordinator: Coordinator) -> None:
+        forget(coordinator)
+        kept.cache_clear()
+
+    Coordinator._invalidate_trace = forget_both
 
 
 def _complete_environment() -> None:

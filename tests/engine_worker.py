@@ -36,6 +36,9 @@ from ds_inpaint.resharding import pieces
 from ds_inpaint.slots import EMA, NO_EMA, Ema
 from ds_inpaint.zero_config import EngineSection, setup
 
+# isort: split
+from deepspeed.runtime.zero import partition_parameters
+
 SGD = OptimizerSection(name="sgd", learning_rate=0.5, weight_decay=0.0)
 ADAMW = OptimizerSection(learning_rate=0.05, schedule="cosine", warmup_steps=2)
 STANDING_STILL = replace(SGD, learning_rate=1e-12)
@@ -589,6 +592,30 @@ def check_not_finite(section: EngineSection, ranks: Ranks) -> dict[str, Any]:
     return found
 
 
+def check_gathers(section: EngineSection, ranks: Ranks) -> list[int]:
+    """Gathers in each of three forwards of a rollout that follows an evaluation and an update."""
+    engine, counts, gather = start(section, SGD, ranks), [], partition_parameters._dist_allgather_fn
+
+    def counted(*given: Any, **named: Any) -> Any:
+        counts[-1] += 1
+        return gather(*given, **named)
+
+    def forward() -> None:
+        counts.append(0)
+        with torch.no_grad():
+            engine(batch()[0])
+
+    with patch.object(partition_parameters, "_dist_allgather_fn", counted):
+        forward()
+        forward()
+        accumulate(engine)
+        engine.step()
+        for _ in range(3):
+            forward()
+    engine.close()
+    return counts[-3:]
+
+
 def check_many_micro_batches(section: EngineSection, ranks: Ranks) -> float:
     """Gradient of one large and many small micro-batches, in units of a small one."""
     torch.manual_seed(0)
@@ -632,6 +659,9 @@ def check_all(ranks: Ranks, folder: Path, before: Path) -> dict[str, Any]:
         "leaving": check_leaving(ranks, folder / "leaving"),
         "not_saved": check_not_saved(ranks, folder / "not_saved"),
         "not_finite": {name: check_not_finite(section, ranks) for name, section in stages.items()},
+        "gathers": {
+            name: check_gathers(section, ranks) for name, section in SECTIONS.items() if section.zero_stage == 3
+        },
         "many_micro_batches": {name: check_many_micro_batches(section, ranks) for name, section in bf16.items()},
     }
 

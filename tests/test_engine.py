@@ -181,6 +181,12 @@ def test_graphs_that_wait_for_their_backwards_give_the_same_update_bit_for_bit(f
         assert kept["one_too_many"] == guards["backward_first"]
 
 
+def test_weights_stay_gathered_through_a_rollout_whatever_came_before(found):
+    """Where a model is larger than what DeepSpeed keeps by itself, only gather_once does."""
+    for rank in found:
+        assert {tuple(count > 0 for count in counts) for counts in rank["gathers"].values()} == {(True, False, False)}
+
+
 @pytest.mark.parametrize("name", SECTIONS)
 def test_slot_swaps_in_and_out_bit_for_bit(found, name):
     for rank in found:
