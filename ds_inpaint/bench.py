@@ -29,7 +29,7 @@ import torch
 from ds_inpaint.bench_report import Peaks, Setting, report, table
 from ds_inpaint.bench_rounds import Bench, Load
 from ds_inpaint.cache import is_prepared
-from ds_inpaint.commands import leaving, run_command
+from ds_inpaint.commands import leaving, recipe_parser, run_command
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.duration import Assumptions, Machine
 from ds_inpaint.errors import InputError
@@ -50,14 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    title, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m ds_inpaint.bench",
-        description=f"{title}\n{rest}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", type=Path, help="YAML recipe, see recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe keys to change")
+    parser = recipe_parser("ds_inpaint.bench", __doc__)
     parser.add_argument("--iterations", type=_positive, default=5, metavar="N", help="rounds to measure (default 5)")
     parser.add_argument(
         "--warmup",

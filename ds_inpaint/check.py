@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ds_inpaint import schema
 from ds_inpaint.check_text import describe, summary, told
-from ds_inpaint.commands import run_command
+from ds_inpaint.commands import recipe_parser, run_command
 from ds_inpaint.duration import Assumptions, Machine
 from ds_inpaint.errors import InputError
 from ds_inpaint.gpus import GPUS
@@ -39,15 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    title, _, rest = (__doc__ or "").partition("\n")
     assumed = Assumptions()
-    parser = argparse.ArgumentParser(
-        prog="python -m ds_inpaint.check",
-        description=f"{title}\n{rest}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", type=Path, help="YAML recipe, see recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe keys to change")
+    parser = recipe_parser("ds_inpaint.check", __doc__)
     parser.add_argument("--num_gpus", type=int, default=1, metavar="N", help="GPUs, all in one machine (default 1)")
     parser.add_argument("--gpu", choices=GPUS, default="h100", help="their kind (default h100)")
     parser.add_argument(

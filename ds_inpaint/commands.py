@@ -76,15 +76,28 @@ def leaving(ranks: Ranks, body: Callable[[], None]) -> None:
     ranks.leave()
 
 
-def parser(module: str, doc: str, settings: type) -> argparse.ArgumentParser:
-    """A parser with the flags that all commands have; the help ends with the keys of the command's settings."""
+def plain_parser(module: str, doc: str) -> argparse.ArgumentParser:
+    """A parser without flags, whose help is what the module's docstring says."""
     title, _, rest = doc.partition("\n")
-    parser = argparse.ArgumentParser(
+    return argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=f"{title}\n{rest}",
-        epilog=f"settings, after the flags or in a recipe:\n{schema.describe(settings)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def recipe_parser(module: str, doc: str) -> argparse.ArgumentParser:
+    """The same with a recipe and changes of its keys, as ``recipe`` and ``overrides``."""
+    parser = plain_parser(module, doc)
+    parser.add_argument("recipe", type=Path, help="YAML recipe, see recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe keys to change")
+    return parser
+
+
+def parser(module: str, doc: str, settings: type) -> argparse.ArgumentParser:
+    """A parser with the flags of commands that have settings; the help ends with the keys of these."""
+    parser = plain_parser(module, doc)
+    parser.epilog = f"settings, after the flags or in a recipe:\n{schema.describe(settings)}"
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings, see below")
     parser.add_argument("--recipe", type=Path, help="YAML recipe of a training run, for every setting that both know")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

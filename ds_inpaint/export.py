@@ -16,7 +16,6 @@ Exit codes: 0 done, 2 bad input.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from ds_inpaint import schema
 from ds_inpaint.checkpoint_files import DRAFT, at, is_checkpoint, numbers
-from ds_inpaint.commands import run_command
+from ds_inpaint.commands import plain_parser, run_command
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.errors import InputError
 from ds_inpaint.model_card import write_card
@@ -51,12 +50,7 @@ POLICY = "policy"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    title, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m ds_inpaint.export",
-        description=f"{title}\n{rest}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser("ds_inpaint.export", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or of one of its checkpoints")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder for the model")
     parser.add_argument("--checkpoint", type=int, metavar="ITERATION", help="which of the run; left out, the newest")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from ds_inpaint import heldout
@@ -77,7 +78,7 @@ class Plan:
     @property
     def is_steady(self) -> bool:
         """Whether all iterations but the first do the same."""
-        return len(set(map(self.workloads, range(1, self.recipe.run.iterations)))) <= 1
+        return len(set(self._iterations[1:])) <= 1
 
     @property
     def evaluations(self) -> int:
@@ -105,11 +106,15 @@ class Plan:
 
     def seconds(self) -> float:
         """Of the whole run, whose iterations may differ."""
-        iterations = Counter(map(self.workloads, range(self.recipe.run.iterations)))
         return sum(
             count * sum(phase.seconds for phase in self._longest(workloads))
-            for workloads, count in [*iterations.items(), (self.evaluation, self.evaluations)]
+            for workloads, count in [*Counter(self._iterations).items(), (self.evaluation, self.evaluations)]
         )
+
+    @cached_property
+    def _iterations(self) -> list[tuple[Workload, ...]]:
+        """What each iteration of the run is for each rank."""
+        return [*map(self.workloads, range(self.recipe.run.iterations))]
 
     def _longest(self, workloads: Sequence[Workload]) -> list[Phase]:
         each = [phases(self.recipe, self.costs, self.machine, workload) for workload in set(workloads)]

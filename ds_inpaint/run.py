@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from ds_inpaint.commands import leaving, run_command
+from ds_inpaint.commands import leaving, recipe_parser, run_command
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.recipe import Recipe, load_recipe
 from ds_inpaint.run_folder import opened, require_shared
@@ -26,9 +26,7 @@ from ds_inpaint.zero_config import setup
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, check the recipe, train; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="ds_inpaint.run", description=__doc__.split("\n")[0])
-    parser.add_argument("recipe", type=Path, help="YAML recipe, see recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe keys to change")
+    parser = recipe_parser("ds_inpaint.run", __doc__)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     return run_command(lambda: _run(options.recipe, options.overrides))
