@@ -155,7 +155,7 @@ class GRPO:
         return self.group_size
 
     def check(self, sampler: Sampler, engine: EngineSection) -> None:
-        """Raise Impossible when the sampler has too few trainable steps, or the engine cannot keep graphs."""
+        """Raise Impossible for too few trainable steps, a window without room, or an engine that cannot keep graphs."""
         if self.trained_steps > len(sampler.trainable_steps):
             raise Impossible(
                 "algorithm.trained_steps",
