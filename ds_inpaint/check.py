@@ -25,6 +25,7 @@ from ds_inpaint.commands import recipe_parser, run_command
 from ds_inpaint.duration import Assumptions, Machine
 from ds_inpaint.errors import InputError
 from ds_inpaint.gpus import GPUS
+from ds_inpaint.memory import Memory
 from ds_inpaint.outline import Configs
 from ds_inpaint.plan import Plan, make_plan, read_sizes
 from ds_inpaint.recipe import Recipe, load_recipe
@@ -122,12 +123,12 @@ def _room(options: argparse.Namespace, plan: Plan, configs: Configs) -> Plan | N
 
 
 def _remedies(options: argparse.Namespace, plan: Plan, configs: Configs) -> Iterator[Remedy]:
-    def judge(settings: Sequence[str], gpus: int) -> int | None:
+    def judge(settings: Sequence[str], gpus: int) -> Memory | None:
         try:
             other = load_recipe(options.recipe, [*options.overrides, *settings], gpus)
         except InputError:  # such as a batch that does not divide among so many ranks
             return None
-        return make_plan(other, configs, plan.sizes, replace(plan.machine, count=gpus)).memory().total
+        return make_plan(other, configs, plan.sizes, replace(plan.machine, count=gpus)).memory()
 
     needed, limit, model = plan.memory().total, plan.machine.usable_bytes, plan.recipe.model
     return remedies(plan.recipe.engine, options.num_gpus, needed, limit, judge, adapters=model.lora is None)

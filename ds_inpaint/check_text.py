@@ -35,7 +35,9 @@ def told(remedy: Remedy, gpus: int) -> str:
     """A remedy as a line of text; ``gpus`` are those that there are now."""
     ranks = [f"--num_gpus {remedy.gpus}"] if remedy.gpus != gpus else []
     verdict = "fits" if remedy.fits else "does not fit yet"
-    return f"  {remedy.bytes / 1e9:8.1f} GB  {verdict:16}  {' '.join([*remedy.settings, *ranks])}"
+    changes = " ".join([*remedy.settings, *ranks])
+    host = f", and {remedy.host_bytes / 1e9:.1f} GB of the host's memory" if remedy.host_bytes else ""
+    return f"  {remedy.bytes / 1e9:8.1f} GB  {verdict:16}  {changes}{host}"
 
 
 def summary(
@@ -58,7 +60,12 @@ def summary(
             "ranks": [_numbers(plan, workload) for workload in plan.evaluation],
             "phases": [_phase(phase) for phase in plan.evaluation_phases()],
         },
-        "memory": {**asdict(memory), "total": memory.total, "usable": plan.machine.usable_bytes},
+        "memory": {
+            **asdict(memory),
+            "total": memory.total,
+            "usable": plan.machine.usable_bytes,
+            "host_total": memory.host_total,
+        },
         "seconds": plan.seconds(),
         "remedies": [asdict(remedy) for remedy in tried],
         "largest_micro_batch": room and {"micro_batch": room.recipe.engine.micro_batch, "total": room.memory().total},
@@ -111,15 +118,22 @@ def _memory(gpu: str, plan: Plan) -> Iterator[str]:
         f"  {verdict}: {machine.usable_bytes / 1e9:.1f} GB can be used, {machine.gpu.memory_GB:g} less "
         f"{machine.assumed.reserve_GB:g} assumed for CUDA, NCCL and fragmentation"
     )
+    if memory.host:
+        yield "  in the host's memory, for each GPU:"
+        yield from (f"    {part.name:<56} {part.bytes / 1e9:>10.2f}" for part in memory.host)
+        yield f"  {'of the host, for all of them':<58} {machine.count * memory.host_total / 1e9:>10.2f}"
 
 
 def _time(gpu: str, plan: Plan) -> Iterator[str]:
     machine, engine = plan.machine, plan.recipe.engine
     precision = "tf32" if engine.tf32 and engine.precision == "fp32" else engine.precision
     peak = machine.peak(engine) / 1e12
+    links = f"{machine.gpu.link_GBps:g} GB/s between GPUs"
+    if engine.offload_optimizer:
+        links += f" and {machine.gpu.host_GBps:g} GB/s to the host"
     yield (
         f"Time, predicted, if {machine.assumed.utilisation:g} of the peak of {peak:g} TFLOP/s ({precision}) and "
-        f"{machine.assumed.link:g} of {machine.gpu.link_GBps:g} GB/s between GPUs are reached (assumed):"
+        f"{machine.assumed.link:g} of {links} are reached (assumed):"
     )
     height, width = plan.sizes.largest
     pictures = f"one rank, pictures of {height}x{width}"

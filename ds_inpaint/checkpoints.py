@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +67,7 @@ class Checkpoints:
         stored.read(MASTERS, self.shards.masters, division, rank)
         self.shards.write(self.shards.masters)
         copies = {
-            name: [torch.zeros_like(master, dtype=PRECISIONS[precision]) for master in self.shards.masters]
+            name: [torch.zeros_like(flat, dtype=PRECISIONS[precision]) for flat in self._likes_of(name)]
             for name, precision in stored.manifest.quantities.items()
             if name != MASTERS
         }
@@ -77,6 +77,11 @@ class Checkpoints:
             self.slots.put(name, copies[f"{SLOT}{name}"])
         self._restore_optimizer(copies, stored.manifest.counters)
         return dict(stored.manifest.state)
+
+    def _likes_of(self, quantity: str) -> Sequence[Tensor]:
+        """Tensors of the shapes and on the device that a quantity has: slots but the average lie beside the weights."""
+        beside_weights = quantity.startswith(SLOT) and quantity != f"{SLOT}{EMA}"
+        return self.shards.weights if beside_weights else self.shards.masters
 
     def _quantities(self) -> dict[str, list[Tensor]]:
         """Everything that is kept of the weights, by the name it has on disk."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ds_inpaint.costs import Call, Costs
 from ds_inpaint.gpus import GPU
+from ds_inpaint.outline import Outline
 from ds_inpaint.recipe import Recipe
 from ds_inpaint.workload import Forwards, Workload
 from ds_inpaint.zero_config import EngineSection
@@ -24,7 +25,7 @@ class Assumptions:
     reserve_GB: float = 4.0
     """Memory of a GPU that CUDA, NCCL and fragmentation take."""
     link: float = 0.8
-    """Share of the peak of the links between GPUs."""
+    """Share of the peak of the links between GPUs, and to the host."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Phase:
     computing: float
     """Seconds."""
     communicating: float
-    """Seconds, which may pass during the computing."""
+    """Seconds between GPUs and to the host, which may pass during the computing."""
 
     @property
     def seconds(self) -> float:
@@ -70,6 +71,10 @@ class Machine:
         """Seconds to gather, or to reduce and scatter, so many bytes of all ranks: each sends all parts but one."""
         return size * (self.count - 1) / self.count / (1e9 * self.gpu.link_GBps * self.assumed.link)
 
+    def offloading(self, size: int) -> float:
+        """Seconds to move so many bytes between a GPU and the host's memory."""
+        return size / (1e9 * self.gpu.host_GBps * self.assumed.link)
+
 
 def phases(recipe: Recipe, costs: Costs, machine: Machine, workload: Workload) -> list[Phase]:
     """The phases of a rank's work in an iteration or an evaluation, in order."""
@@ -94,8 +99,12 @@ def _denoising(recipe: Recipe, costs: Costs, machine: Machine, forwards: Forward
         moved += size * (outline.trained + outline.frozen) * (2 if forwards.trained else 1)
     if engine.zero_stage >= 2 and forwards.trained:
         moved += size * outline.trained
+    communicating = machine.communicating(moved)
+    if engine.offload_optimizer and forwards.trained:
+        # DeepSpeed fetches the sums of this rank's gradients, adds on the GPU and puts them back.
+        communicating += machine.offloading(2 * 4 * _shard(outline, machine))
     seconds = machine.computing(flops, engine)
-    return Phase(forwards.phase, forwards.calls, flops, seconds, forwards.calls * machine.communicating(moved))
+    return Phase(forwards.phase, forwards.calls, flops, seconds, forwards.calls * communicating)
 
 
 def _exchanging(recipe: Recipe, costs: Costs, machine: Machine, workload: Workload) -> float:
@@ -107,4 +116,13 @@ def _exchanging(recipe: Recipe, costs: Costs, machine: Machine, workload: Worklo
         moved = size * outline.trained
     else:  # fp32 gradients are summed, which is reducing and gathering; then, with ZeRO-1, new weights are gathered
         moved = 2 * 4 * outline.trained + (size * outline.trained if engine.zero_stage == 1 else 0)
-    return workload.updates * machine.communicating(moved)
+    communicating = machine.communicating(moved)
+    if engine.offload_optimizer:
+        # The gradient sums to the GPU and back into the optimizer's gradient, then the new weights.
+        communicating += machine.offloading((2 * 4 + size) * _shard(outline, machine))
+    return workload.updates * communicating
+
+
+def _shard(outline: Outline, machine: Machine) -> int:
+    """Weights that a rank updates when the optimizer's state is divided."""
+    return -(-outline.trained // machine.count)

@@ -35,18 +35,35 @@ class EngineMemory:
     gpu: bool
 
     def lasting(self) -> list[Part]:
-        """From the start of the run to its end."""
-        everything, stage = self.outline.trained + self.outline.frozen, self.stage
+        """From the start of the run to its end, on the GPU."""
+        everything = self.outline.trained + self.outline.frozen
         return [
-            Part("weights", self.size * (-(-everything // self.world_size) if stage == 3 else everything)),
-            Part("gradient sums, fp32", self._gradients if self._keeps_gradients else 0),
-            Part("master weights, fp32", 4 * self.shard if stage else 0),
-            Part("optimizer state, fp32", 4 * len(STATE[self.recipe.optimizer.name]) * self.shard),
-            Part("moving average, fp32", 4 * self.shard if self.recipe.ema.decay else 0),
+            Part("weights", self.size * (-(-everything // self.world_size) if self.stage == 3 else everything)),
+            *([] if self.offloads else self._optimizer()),
             Part("reference", self.size * self.shard if self.recipe.algorithm.uses_reference else 0),
             Part("gradient buckets", self._buckets()),
             Part("gathered weights", self.size * self._gathered() if self._gathers else 0),
         ]
+
+    def on_host(self) -> list[Part]:
+        """From the start of the run to its end, in the host's memory."""
+        if not self.offloads:
+            return []
+        return [*self._optimizer(), Part("gradient of an update, fp32", 4 * self.shard)]
+
+    def _optimizer(self) -> list[Part]:
+        """What lies where the weights are updated."""
+        return [
+            Part("gradient sums, fp32", self._gradients if self._keeps_gradients else 0),
+            Part("master weights, fp32", 4 * self.shard if self.stage else 0),
+            Part("optimizer state, fp32", 4 * len(STATE[self.recipe.optimizer.name]) * self.shard),
+            Part("moving average, fp32", 4 * self.shard if self.recipe.ema.decay else 0),
+        ]
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the weights are updated in the host's memory."""
+        return self.recipe.engine.offload_optimizer
 
     @property
     def beside_forward(self) -> int:

@@ -17,6 +17,8 @@ class GPU:
     """Peak without tensor cores, as torch computes in fp32 unless it is told otherwise."""
     link_GBps: float
     """To the other GPUs of the machine, in one direction: half of what data sheets print for NVLink or PCIe."""
+    host_GBps: float
+    """To the host's memory, in one direction: PCIe 4.0 or 5.0 with 16 lanes."""
 
     def flops(self, precision: str, *, tf32: bool = False) -> float:
         """Peak in floating-point operations a second; with ``tf32`` tensor cores multiply half as fast as in bf16."""
@@ -25,15 +27,15 @@ class GPU:
 
 
 GPUS = {
-    "h200": GPU(141, 989.4, 66.9, 450),
-    "h100": GPU(80, 989.4, 66.9, 450),
-    "h800": GPU(80, 989.4, 66.9, 200),
-    "h20": GPU(96, 148, 44, 450),
-    "a100": GPU(80, 312, 19.5, 300),
-    "a100-40": GPU(40, 312, 19.5, 300),
-    "a800": GPU(80, 312, 19.5, 200),
-    "l40s": GPU(48, 362, 91.6, 32),
-    "a6000": GPU(48, 154.8, 38.7, 32),
+    "h200": GPU(141, 989.4, 66.9, 450, 64),
+    "h100": GPU(80, 989.4, 66.9, 450, 64),
+    "h800": GPU(80, 989.4, 66.9, 200, 64),
+    "h20": GPU(96, 148, 44, 450, 64),
+    "a100": GPU(80, 312, 19.5, 300, 32),
+    "a100-40": GPU(40, 312, 19.5, 300, 32),
+    "a800": GPU(80, 312, 19.5, 200, 32),
+    "l40s": GPU(48, 362, 91.6, 32, 32),
+    "a6000": GPU(48, 154.8, 38.7, 32, 32),
 }
 """SXM forms of those that exist as such; l40s and a6000 (RTX A6000) on PCIe 4.0 x16."""
 

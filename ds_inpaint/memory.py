@@ -20,6 +20,8 @@ class Memory:
     """What is there all the time."""
     passing: tuple[Part, ...]
     """What comes and goes, one after the other; the largest counts."""
+    host: tuple[Part, ...] = ()
+    """What the rank keeps in the host's memory, with ``engine.offload_optimizer``."""
 
     @property
     def fullest(self) -> Part:
@@ -30,6 +32,11 @@ class Memory:
     def total(self) -> int:
         """In bytes."""
         return sum(part.bytes for part in self.lasting) + self.fullest.bytes
+
+    @property
+    def host_total(self) -> int:
+        """In bytes."""
+        return sum(part.bytes for part in self.host)
 
 
 def estimate(
@@ -67,7 +74,8 @@ def estimate(
         if sizes:
             passing[f"VAE {kind}"] = costs.of(Call(kind, max(sizes))).bytes
     found = tuple(Part(name, size) for name, size in passing.items() if size)
-    return Memory(tuple(part for part in lasting if part.bytes), found)
+    lasting, host = ([part for part in parts if part.bytes] for parts in (lasting, states.on_host()))
+    return Memory(tuple(lasting), found, tuple(host))
 
 
 def _samples(costs: Costs, workloads: Iterable[Workload]) -> Part:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ds_inpaint.memory import Memory
 from ds_inpaint.zero_config import EngineSection
 
 MOST_GPUS = 64
-ADAPTERS = "model.lora.rank=32"
+ADAPTERS = ("model.lora.rank=32",)
+OFFLOADING = ("engine.zero_stage=3", "engine.offload_optimizer=true")
 
-Judge = Callable[[Sequence[str], int], int | None]
-"""Bytes on each GPU with further settings and so many GPUs; None where the recipe does not allow that."""
+Judge = Callable[[Sequence[str], int], Memory | None]
+"""Memory of each GPU with further settings and so many GPUs; None where the recipe does not allow that."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class Remedy:
     """To add to the recipe."""
     gpus: int
     bytes: int
+    """On each GPU."""
+    host_bytes: int
+    """Of the host's memory, for all of them."""
     fits: bool
 
 
@@ -31,8 +36,8 @@ def remedies(
     """Changes in the order of what they cost, each on top of those before, up to the first that fits.
 
     Repeated forwards and small micro-batches cost some speed, recomputing a third more arithmetic, higher stages
-    messages, GPUs money.
-    Adapters, which learn less, are told beside more GPUs, both without the changes before where these are not needed.
+    messages. What costs money (GPUs), the host's memory and time (offloading), or learns less (adapters) is told side by
+    side, without the changes before where these are not needed.
 
     Args:
         engine: section of the recipe as it is.
@@ -48,8 +53,8 @@ def remedies(
         least = None
         for settings, count in options:
             found = judge(settings, count)
-            if found is not None and found < (least.bytes if least else needed):
-                least = Remedy(settings, count, found, found <= limit)
+            if found is not None and found.total < (least.bytes if least else needed):
+                least = Remedy(settings, count, found.total, found.host_total * count, found.total <= limit)
                 if least.fits:
                     break
         return least
@@ -64,10 +69,17 @@ def remedies(
     doubled = [
         gpus * 2**doublings for doublings in range(1, MOST_GPUS.bit_length()) if gpus * 2**doublings <= MOST_GPUS
     ]
-    # With more GPUs, or adapters, the cheaper changes may not be needed.
     more_gpus = [(settings, count) for count in doubled for settings in ((), kept)]
-    fewer_weights = [((*settings, ADAPTERS), gpus) for settings in ((), kept)] if adapters else []
-    yield from filter(None, (best(more_gpus), best(fewer_weights)))
+    to_offload = OFFLOADING[engine.zero_stage == 3 :]
+    offloading = [(_joined(settings, to_offload), gpus) for settings in ((), kept)]
+    fewer_weights = [((*settings, *ADAPTERS), gpus) for settings in ((), kept)] if adapters else []
+    yield from filter(None, (best(more_gpus), best(offloading), best(fewer_weights)))
+
+
+def _joined(settings: Sequence[str], further: Sequence[str]) -> tuple[str, ...]:
+    """Both, with the further ones where they name the same keys."""
+    by_key = {setting.partition("=")[0]: setting for setting in (*settings, *further)}
+    return tuple(by_key.values())
 
 
 def _micro_batches(engine: EngineSection) -> list[str]:

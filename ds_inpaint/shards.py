@@ -25,7 +25,7 @@ class Shards:
     weights: Sequence[Tensor]
     """In the precision that the module computes in. To change them, call ``write``."""
     masters: Sequence[Tensor]
-    """The same weights in fp32, as the optimizer holds them; in fp32 runs they may be the same tensors."""
+    """The same weights in fp32, as and where the optimizer holds them; in fp32 runs they may be the same tensors."""
     owners: Sequence[Tensor]
     """For each master the tensor by which the optimizer finds its state."""
     shapes: Sequence[tuple[int, ...]]
@@ -37,7 +37,7 @@ class Shards:
 
     @torch.no_grad()
     def write(self, values: Sequence[Tensor]) -> None:
-        """Let the module compute with other weights, cast to its precision; collective.
+        """Let the module compute with other weights, of any precision and on any device; collective.
 
         The masters stay as they are unless they are the same tensors.
         """

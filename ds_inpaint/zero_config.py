@@ -79,6 +79,11 @@ class EngineSection:
         False,
         "GPUs: round the factors of fp32 products to 10 bits of mantissa, much faster; false computes in full fp32.",
     )
+    offload_optimizer: bool = key(
+        False,
+        "ZeRO-3: keep gradient sums, fp32 weights, optimizer state and the moving average in the host's memory, and "
+        "update there; slower, for models whose state the GPUs cannot hold.",
+    )
     timeout_minutes: float = key(
         60.0, "Minutes that ranks wait for one another, as for slow rewards, before they give up.", above=0
     )
@@ -89,6 +94,12 @@ class EngineSection:
                 "zero_stage",
                 "0 with precision bf16 would sum gradients in bf16, which loses small ones; use 1, 2 or 3, "
                 "or precision fp32.",
+            )
+        if self.offload_optimizer and self.zero_stage != 3:
+            raise Impossible(
+                "offload_optimizer",
+                f"true with zero_stage {self.zero_stage}, where DeepSpeed never forgets a gradient that was not finite and "
+                "skips all further updates; use zero_stage 3, on a single GPU too, or false.",
             )
 
     @property
@@ -193,6 +204,8 @@ def deepspeed_config(section: EngineSection, device: torch.device, leaf_classes:
             zero["leaf_module"] = {"classes": list(leaf_classes)}
         if section.gather_once:
             zero["stage3_max_reuse_distance"] = 10**11
+        if section.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": section.micro_batch,
         # The caller says when to step; the managed mode loses micro-batches in ZeRO-1 and ZeRO-2.
@@ -202,6 +215,8 @@ def deepspeed_config(section: EngineSection, device: torch.device, leaf_classes:
         "bf16": {"enabled": section.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
+        # PyTorch's fused AdamW runs on CPUs, too, and needs no compiler.
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
         "log_level": "error",
         "steps_per_print": 10**9,

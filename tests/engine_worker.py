@@ -49,13 +49,15 @@ SECTIONS = {
     "zero2": replace(FP32, zero_stage=2),
     "zero3": FP32,
     "zero3_gather_once": replace(FP32, gather_once=True),
+    "zero3_offload": replace(FP32, offload_optimizer=True),
     "zero1_bf16": replace(FP32, zero_stage=1, precision="bf16"),
     "zero2_bf16": replace(FP32, zero_stage=2, precision="bf16"),
     "zero3_bf16": replace(FP32, precision="bf16"),
+    "zero3_bf16_offload": replace(FP32, precision="bf16", offload_optimizer=True),
 }
 CHAINS = (
-    ("zero3", "zero2", "zero1", "zero0", "zero3"),
-    ("zero3_bf16", "zero2_bf16", "zero1_bf16", "zero3_bf16"),
+    ("zero3", "zero2", "zero1", "zero0", "zero3_offload", "zero3"),
+    ("zero3_bf16", "zero2_bf16", "zero3_bf16_offload", "zero1_bf16", "zero3_bf16"),
 )
 """Stages that go on from each other's checkpoints."""
 ELSEWHERE = {"zero3": "zero2", "zero2_bf16": "zero3_bf16"}

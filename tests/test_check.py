@@ -19,7 +19,8 @@ from ds_inpaint.costs import Call, Costs
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.duration import Assumptions, Machine, phases
 from ds_inpaint.gpus import GPUS
-from ds_inpaint.memory import estimate
+from ds_inpaint.engine_memory import Part
+from ds_inpaint.memory import Memory, estimate
 from ds_inpaint.models.flux import Flux
 from ds_inpaint.models.sd import SD
 from ds_inpaint.plan import make_plan, read_sizes
@@ -208,6 +209,36 @@ def test_states_are_divided_as_zero_does(plans, stage, precision, kept):
     assert "gathered weights" not in {part.name for part in alone.memory().lasting}
 
 
+def test_offloading_moves_what_the_optimizer_needs_to_the_host(plans):
+    resident, offloaded = (
+        plans("grpo_sd", "engine.zero_stage=3", "engine.precision=bf16", "ema.decay=0.9", *more)
+        for more in ([], ["engine.offload_optimizer=true"])
+    )
+    moved = {part.name: part.bytes for part in resident.memory().lasting if part.name.endswith("fp32")}
+    host = {part.name: part.bytes for part in offloaded.memory().host}
+    own = host.pop("gradient of an update, fp32")
+    assert own == pytest.approx(4 * resident.outline.trained / 2, abs=4)
+    assert host == moved
+    assert resident.memory().host == ()
+    assert offloaded.memory().total == resident.memory().total - sum(moved.values())
+
+
+def test_offloading_takes_the_way_over_pcie(plans):
+    resident, offloaded = (
+        {
+            phase.name: phase.communicating
+            for phase in plans("sft_flux", "engine.zero_stage=3", *more).iteration_phases()
+        }
+        for more in ([], ["engine.offload_optimizer=true"])
+    )
+    share = plans("sft_flux").outline.trained / 2
+    link = 64e9 * 0.8
+    # fp32 sums to the GPU and back for each backward and once more for the step, which sends new fp32 weights, too.
+    assert offloaded["update"] - resident["update"] == pytest.approx(8 * share / link, rel=1e-5)
+    assert offloaded["exchange at each step"] == pytest.approx(12 * share / link, rel=1e-5)
+    assert "exchange at each step" not in resident
+
+
 def test_adapters_need_neither_sums_nor_moments_of_the_frozen_weights(plans):
     whole, adapted = (plans("grpo_flux", "engine.zero_stage=2", *more) for more in ([], ["model.lora.rank=2"]))
     found = {part.name: part.bytes for part in adapted.memory().lasting}
@@ -267,12 +298,17 @@ def test_remedies_come_in_the_order_of_their_cost():
     bytes_of = {"micro_batch=2": 90, "micro_batch=1": 80, "activation_checkpointing=true": 60, "zero_stage=2": 50}
 
     def judge(settings, gpus):
+        if "engine.offload_optimizer=true" in settings:
+            return memory(15, 70)
         if "zero_stage=3" in " ".join(settings):
             return None  # not allowed
         lowered = [size for name, size in bytes_of.items() if any(name in setting for setting in settings)]
         if any("lora" in setting for setting in settings):
-            return 20
-        return min(lowered, default=100) * 8 // gpus
+            return memory(20)
+        return memory(min(lowered, default=100) * 8 // gpus)
+
+    def memory(gpu, host=0):
+        return Memory((Part("weights", gpu - 1),), (Part("step", 1),), (Part("sums", host),))
 
     def tried(limit):
         return list(remedies(engine, 8, 100, limit, judge, adapters=True))
@@ -280,10 +316,31 @@ def test_remedies_come_in_the_order_of_their_cost():
     assert [(found.settings[-1], found.bytes) for found in tried(95)] == [("engine.micro_batch=2", 90)]
     assert [found.bytes for found in tried(55)] == [80, 60, 50]
     last = tried(24)
-    assert [(found.bytes, found.gpus, found.fits) for found in last[-2:]] == [(12, 32, True), (20, 8, True)]
+    assert [(found.bytes, found.gpus, found.fits) for found in last[-3:]] == [
+        *((12, 32, True), (15, 8, True), (20, 8, True)),
+    ]
+    assert [found.host_bytes for found in last[-3:]] == [0, 8 * 70, 0]
     cheaper = ("engine.micro_batch=1", "engine.activation_checkpointing=true", "engine.zero_stage=2")
-    assert last[-2].settings == cheaper
+    assert last[-3].settings == cheaper
+    assert last[-2].settings == ("engine.zero_stage=3", "engine.offload_optimizer=true")
     assert last[-1].settings == ("model.lora.rank=32",)
+
+
+def test_offloading_replaces_the_stage_that_was_tried_before():
+    def judge(settings, gpus):
+        sizes = {
+            (): 100,
+            ("engine.zero_stage=2",): 90,
+            ("engine.zero_stage=3", "engine.offload_optimizer=true"): 20,
+        }
+        size = sizes.get(tuple(setting for setting in settings if "lora" not in setting))
+        return size and Memory((), (Part("step", size),))
+
+    found = list(remedies(EngineSection(zero_stage=1, micro_batch=1), 64, 100, 50, judge, adapters=False))
+    assert [each.settings for each in found] == [
+        ("engine.zero_stage=2",),
+        ("engine.zero_stage=3", "engine.offload_optimizer=true"),
+    ]
 
 
 def test_the_command_tells_everything_and_writes_it(recipes, tmp_path, capsys):

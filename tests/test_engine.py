@@ -342,6 +342,19 @@ def test_bf16_without_zero_is_refused():
         EngineSection(zero_stage=0, precision="bf16")
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_offloading_is_refused_where_deepspeed_never_forgets_a_nan(stage):
+    with pytest.raises(Impossible, match=f"true with zero_stage {stage}, .* use zero_stage 3, on a single GPU too"):
+        EngineSection(zero_stage=stage, precision="fp32", offload_optimizer=True)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_offloading_page_locks_the_hosts_memory_beside_a_gpu(device):
+    section = EngineSection(offload_optimizer=True)
+    zero = deepspeed_config(section, torch.device(device), [])["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": device == "cuda"}
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_never_touches_what_the_engine_promises(stage):
     section = EngineSection(zero_stage=stage, precision="fp32", max_grad_norm=0.7, gather_once=True)

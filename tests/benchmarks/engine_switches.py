@@ -45,6 +45,7 @@ VARIANTS = {
     "`channels_last: true`": replace(BASE, channels_last=True),
     "`attention: math`": replace(BASE, attention="math"),
     "`zero_stage: 2`": replace(BASE, zero_stage=2),
+    "`offload_optimizer: true`": replace(BASE, offload_optimizer=True),
 }
 
 
