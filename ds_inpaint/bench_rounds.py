@@ -50,7 +50,7 @@ class Bench:
     def plain_module(self, load: Load, iteration: int) -> Bare:
         """The denoiser once more, whole on this rank, outside an engine, after the calls of one iteration."""
         engine = self.run.recipe.engine
-        denoiser: Any = load(place(replace(engine, zero_stage=1), self.run.ranks)).denoiser
+        denoiser: Any = load(place(engine.undivided(), self.run.ranks)).denoiser
         if engine.compile:
             compile_blocks(denoiser, self.run.recipe.model.leaf_blocks)
         module = Bare.module(denoiser, partial(attention, engine.attention))

@@ -30,6 +30,7 @@ from ds_inpaint.checkpoint_files import (
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.resharding import pieces
 from ds_inpaint.tensor_file import FileInfo, size_of, write
+from ds_inpaint.transfers import to_host
 
 LOG = logging.getLogger(__name__)
 
@@ -135,17 +136,11 @@ def _write(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, FileInfo]:
     return {file.name: write(file, tensors)} if tensors else {}
 
 
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU; those from a GPU are page-locked, which makes copying several times as fast."""
-    copies = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        for name, tensor in tensors.items()
-    }
-    for name, tensor in tensors.items():
-        copies[name].copy_(tensor, non_blocking=True)
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()
-    return copies
+def _on_host(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Copies on the CPU."""
+    arriving = to_host({name: tensor if tensor.is_cuda else tensor.clone() for name, tensor in tensors.items()})
+    arriving.wait()
+    return arriving.tensors
 
 
 def _require_finite(target: Path, layout: Layout, rank: int, quantities: Mapping[str, Sequence[Tensor]]) -> None:

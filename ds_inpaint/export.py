@@ -20,7 +20,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,7 +137,7 @@ def export_checkpoint(checkpoint: Path, out: Path, *, weights: str | None = None
 
 def _load(recipe: Recipe) -> Policy:
     """The model that training started from, as the engine got it, on the CPU of this process."""
-    alone, section = Ranks(0, 1, torch.device("cpu")), replace(recipe.engine, zero_stage=2)
+    alone, section = Ranks(0, 1, torch.device("cpu")), recipe.engine.undivided()
     policy: Policy = recipe.model.load(
         Placement(
             alone.device, section.dtype, False, False, lambda build, folder: create(build, folder, section, alone)

@@ -22,6 +22,7 @@ from ds_inpaint.noise import sample_noise
 from ds_inpaint.pixels import grey_holes
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Prepared, Rollout
+from ds_inpaint.transfers import to_device
 from ds_inpaint.values import Triple
 from ds_inpaint.workload import Deal, Forwards, Workload
 
@@ -160,9 +161,9 @@ def denoising_losses(pairs: Sequence[tuple[Rollout, Prepared]], count: int) -> T
             task = denoising_task(
                 policy.process(*rollout.pixels),
                 prepared.latents_nCHW(numbers),
-                sample_noise(rollout.seed, "heldout loss", 0, numbers, rollout.latent_shape).to(device),
-                ((torch.tensor(numbers) + 0.5) / count).to(device),
-                prepared.condition.rows(prepared.rows_n(numbers).to(device)),
+                to_device(sample_noise(rollout.seed, "heldout loss", 0, numbers, rollout.latent_shape), device),
+                to_device((torch.tensor(numbers) + 0.5) / count, device),
+                prepared.condition.rows(to_device(prepared.rows_n(numbers), device)),
                 None,
             )
             losses.update(zip(numbers, task.errors_N(task.answers_NCHW(policy)).cpu(), strict=True))

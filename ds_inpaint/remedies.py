@@ -36,8 +36,8 @@ def remedies(
     """Changes in the order of what they cost, each on top of those before, up to the first that fits.
 
     Repeated forwards and small micro-batches cost some speed, recomputing a third more arithmetic, higher stages
-    messages. What costs money (GPUs), the host's memory and time (offloading), or learns less (adapters) is told side by
-    side, without the changes before where these are not needed.
+    messages. What costs money (GPUs), the host's memory and time (offloading), or learns less (adapters) is told side
+    by side, without the changes before where these are not needed.
 
     Args:
         engine: section of the recipe as it is.

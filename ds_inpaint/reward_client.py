@@ -22,6 +22,7 @@ from ds_inpaint.reward_traffic import Traffic, TrafficMeter
 from ds_inpaint.reward_wire import Items
 from ds_inpaint.rewards import Rewards
 from ds_inpaint.scores import Scores, concatenate, merge_scorers
+from ds_inpaint.transfers import to_host
 
 log = logging.getLogger(__name__)
 
@@ -111,8 +112,8 @@ class RewardClient:
     ) -> Pending:
         """Begin to score N samples and return while the requests are under way.
 
-        The tensors are uint8 on any device; those on a GPU are copied at once, others must stay unchanged until
-        the scores are collected. What goes wrong is raised by ``collect``.
+        The tensors are uint8 on any device. Those on a GPU are copied when it gets there, which is not waited for
+        here; others must stay unchanged until the scores are collected. What goes wrong is raised by ``collect``.
 
         Args:
             raw_NHWC: images as decoded, RGB.
@@ -135,8 +136,8 @@ class RewardClient:
             if batch.dtype != torch.uint8:
                 raise TypeError(f"{field} must be uint8, found {batch.dtype}.")
         needed = frozenset().union(*(lane.route.fields for lane in self._lanes))
-        tensors = {field: batch.cpu() for field, batch in batches.items() if field in needed}
-        items = Items(tensors, prompts, sample_ids, group_ids)
+        arriving = to_host({field: batch for field, batch in batches.items() if field in needed})
+        items = Items(arriving.tensors, arriving.wait, prompts, sample_ids, group_ids)
         return Pending(tuple(lane.submit(items) for lane in self._lanes))
 
     def collect(self, pending: Pending) -> Scores:

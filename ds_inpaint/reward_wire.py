@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from ds_inpaint_protos.reward.v1 import reward_pb2
@@ -23,6 +23,8 @@ class Items:
 
     tensors: Mapping[str, Tensor]
     """Request field to uint8 tensor on the CPU, [N, H, W, 3] or masks [N, H, W]."""
+    wait: Callable[[], None]
+    """Returns when the tensors hold what is to be scored; they may still be on their way from a GPU."""
     prompts: Sequence[str]
     sample_ids: Sequence[str]
     group_ids: Sequence[str]
@@ -37,15 +39,16 @@ class Items:
     def only(self, fields: Collection[str]) -> Items:
         """The items without other request fields than these."""
         tensors = {field: tensor for field, tensor in self.tensors.items() if field in fields}
-        return Items(tensors, self.prompts, self.sample_ids, self.group_ids)
+        return replace(self, tensors=tensors)
 
     def rows(self, start: int, stop: int) -> Items:
         """The items from ``start`` up to but not including ``stop``."""
-        return Items(
-            {field: tensor[start:stop] for field, tensor in self.tensors.items()},
-            self.prompts[start:stop],
-            self.sample_ids[start:stop],
-            self.group_ids[start:stop],
+        return replace(
+            self,
+            tensors={field: tensor[start:stop] for field, tensor in self.tensors.items()},
+            prompts=self.prompts[start:stop],
+            sample_ids=self.sample_ids[start:stop],
+            group_ids=self.group_ids[start:stop],
         )
 
 
@@ -59,6 +62,7 @@ def write_request(items: Items, fingerprints: Mapping[str, str]) -> reward_pb2.S
         group_ids=items.group_ids,
         expected_fingerprints=fingerprints,
     )
+    items.wait()
     for field, tensor in items.tensors.items():
         message = getattr(request, field).tensor
         message.data_type = reward_pb2.DATA_TYPE_UINT8

@@ -21,6 +21,7 @@ from ds_inpaint.reward_client import Pending, RewardClient
 from ds_inpaint.reward_traffic import metrics
 from ds_inpaint.sampling import Trajectory, encode, walk
 from ds_inpaint.scores import Scores, concatenate, sample_order
+from ds_inpaint.transfers import to_device
 from ds_inpaint.values import Batch, Condition, Policy, Triple
 from ds_inpaint.workload import cut, share
 
@@ -264,7 +265,9 @@ class Rollout:
             start = sample_noise(self.seed, f"{purpose} start", iteration, [prepared.owners[row]], self.latent_shape)
             noise_1TCHW = start[:, None].expand(-1, steps + 1, -1, -1, -1)  # of which only the start is used
             given = prepared.condition.rows(slice(row, row + 1))
-            walked = walk(self.policy, self.schedule, given, noise_1TCHW.to(self.ranks.device), steps=slice(steps))
+            walked = walk(
+                self.policy, self.schedule, given, to_device(noise_1TCHW, self.ranks.device), steps=slice(steps)
+            )
             ends.append(walked.end_nCHW.cpu())
         return torch.cat(ends[: len(prepared.owners)])
 
@@ -280,9 +283,10 @@ class Rollout:
         shared_steps: int,
     ) -> Chunk:
         device, rows_n = self.ranks.device, prepared.rows_n(numbers)
-        given = prepared.condition.rows(rows_n.to(device))
-        images, holes = prepared.batch.images_BCHW[rows_n].to(device), prepared.batch.holes_B1HW[rows_n].to(device)
-        focused, noise = focus(holes), noise_nTCHW.to(device)
+        given = prepared.condition.rows(to_device(rows_n, device))
+        batch = prepared.batch
+        images, holes = (to_device(each[rows_n], device) for each in (batch.images_BCHW, batch.holes_B1HW))
+        focused, noise = focus(holes), to_device(noise_nTCHW, device)
         walked = walk(
             self.policy,
             self.schedule,

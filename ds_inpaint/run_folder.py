@@ -40,7 +40,7 @@ CHANGEABLE = {
     *("rewards.tls_ca", "rewards.tls_certificate", "rewards.tls_key", "rewards.token_file"),
     "rewards.allow_changed_scorers",
     *("engine.zero_stage", "engine.micro_batch", "engine.activation_checkpointing", "engine.gather_once"),
-    *("engine.compile", "engine.attention", "engine.channels_last"),
+    *("engine.compile", "engine.attention", "engine.channels_last", "engine.offload_optimizer"),
     *("engine.timeout_minutes", "engine.reduce_bucket", "engine.prefetch_bucket"),
     *(f"alarms.{bound.name}" for bound in fields(Alarms)),
     *("evaluation.every", "tracking.wandb", "tracking.project"),

@@ -57,6 +57,7 @@ from ds_inpaint.rows import scan
 from ds_inpaint.sampling import encode, walk
 from ds_inpaint.scan import Problem, problem_of
 from ds_inpaint.tracking import progress_bar
+from ds_inpaint.transfers import to_device
 from ds_inpaint.values import Picture, Policy, Triple
 from ds_inpaint.zero_config import setup
 
@@ -221,7 +222,7 @@ def _fill(policy: Policy, schedule: Schedule, jobs: Sequence[Job], out: Path, de
         shape = (len(schedule.times_T) + 1, *policy.latent_shape(*jobs[0].triple.pixels))
         noise_nTCHW = torch.cat([sample_noise(job.seed, "sample", 0, [job.triple.id], shape) for job in drawn])
         condition, _ = encode(policy, batch, device, originals=False)
-        walked = walk(policy, schedule, condition.rows(rows_n.to(device)), noise_nTCHW.to(device))
+        walked = walk(policy, schedule, condition.rows(to_device(rows_n, device)), to_device(noise_nTCHW, device))
         decoded_nCHW = policy.decode(walked.end_nCHW)
         if not decoded_nCHW.isfinite().all():
             raise NonFinite(

@@ -8,7 +8,7 @@ import os
 import socket
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -98,8 +98,8 @@ class EngineSection:
         if self.offload_optimizer and self.zero_stage != 3:
             raise Impossible(
                 "offload_optimizer",
-                f"true with zero_stage {self.zero_stage}, where DeepSpeed never forgets a gradient that was not finite and "
-                "skips all further updates; use zero_stage 3, on a single GPU too, or false.",
+                f"true with zero_stage {self.zero_stage}, where DeepSpeed never forgets a gradient that was not finite "
+                "and skips all further updates; use zero_stage 3, on a single GPU too, or false.",
             )
 
     @property
@@ -111,6 +111,10 @@ class EngineSection:
     def dtype(self) -> torch.dtype:
         """What ``precision`` names."""
         return PRECISIONS[self.precision]
+
+    def undivided(self) -> EngineSection:
+        """The same for a model that each rank holds whole and does not train."""
+        return replace(self, zero_stage=2, offload_optimizer=False)
 
 
 def setup(section: EngineSection) -> Ranks:

@@ -189,6 +189,7 @@ def test_the_command_measures_a_recipe(recipe, run_ranks, tmp_path):
         "algorithm.kl_weight=0.1",
         "model.path=nobody/nowhere",
         "engine.zero_stage=3",
+        "engine.offload_optimizer=true",
     ]
     run_ranks(1, [WORKER, str(recipe), *flags, *keys])
     assert list(runs.iterdir()) == []

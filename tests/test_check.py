@@ -18,8 +18,8 @@ from ds_inpaint.adapters import LoRA
 from ds_inpaint.costs import Call, Costs
 from ds_inpaint.distributed import Ranks
 from ds_inpaint.duration import Assumptions, Machine, phases
-from ds_inpaint.gpus import GPUS
 from ds_inpaint.engine_memory import Part
+from ds_inpaint.gpus import GPUS
 from ds_inpaint.memory import Memory, estimate
 from ds_inpaint.models.flux import Flux
 from ds_inpaint.models.sd import SD

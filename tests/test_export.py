@@ -41,7 +41,7 @@ RUNS = {
     "sd_ema": ("sft_sd", ["ema.decay=0.5", "run.iterations=2"]),
     "sd_lora": ("sft_sd", [*LORA, "ema.decay=0.5", "engine.zero_stage=0"]),
     "flux": ("sft_flux", ["engine.zero_stage=2", "engine.precision=bf16"]),
-    "flux_lora": ("sft_flux", [*LORA, "engine.precision=bf16"]),
+    "flux_lora": ("sft_flux", [*LORA, "engine.precision=bf16", "engine.offload_optimizer=true"]),
     "other_unet": ("sft_sd", [*LORA, "model.denoiser=UNET", "engine.zero_stage=1"]),
 }
 """Recipe and overrides of each run on two ranks, in ZeRO-3 unless they say otherwise."""

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
-    "errors stopping keys pixels phases bare_calls bench_report",
+    "errors stopping keys pixels transfers phases bare_calls bench_report",
     "yaml_tree key_types sections extends schema json_schema framing",
     "processes regions gaussian noise masks scores policy_gradient advantages preference ranks combiners "
     "fidelity brushnet_protocol statistics workload",

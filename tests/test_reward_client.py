@@ -12,6 +12,7 @@ from client_helpers import WEIGHTS, assert_equal, rewards, scores_of
 from ds_inpaint_protos.reward.v1 import reward_pb2
 from reward_helpers import FAULTY_SCORER, Servers, random_samples
 
+from ds_inpaint import reward_client
 from ds_inpaint.errors import InputError, RewardsUnavailable
 from ds_inpaint.keys import Impossible
 from ds_inpaint.reward_client import RewardClient
@@ -19,6 +20,7 @@ from ds_inpaint.reward_routes import Offered
 from ds_inpaint.reward_traffic import Traffic, metrics
 from ds_inpaint.reward_wire import read_response
 from ds_inpaint.rewards import Rewards
+from ds_inpaint.transfers import Arriving
 from reward_servers.limits import Limits
 
 
@@ -101,6 +103,28 @@ def test_submit_returns_while_the_server_works(faulty):
         assert time.monotonic() - started < 0.2
         assert client.collect(pending).valid_N.all()
         assert time.monotonic() - started > 0.4
+
+
+def test_pictures_are_sent_when_they_have_arrived(server, monkeypatch):
+    samples = random_samples(4)
+
+    class Late(Arriving):
+        """Tensors that are blank until they are waited for."""
+
+        def wait(self):
+            for name, tensor in self.tensors.items():
+                tensor.copy_(sent[name])
+
+    sent = {}
+
+    def late(tensors):
+        sent.update(tensors)
+        return Late({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, None)
+
+    with RewardClient.connect(rewards(), [server.address]) as client:
+        at_once = scores_of(client, samples)
+        monkeypatch.setattr(reward_client, "to_host", late)
+        assert_equal(scores_of(client, samples), at_once)
 
 
 def test_a_sample_without_a_score_is_nan_and_never_a_number(faulty):

@@ -19,6 +19,7 @@ from ds_inpaint.preference import Preferences, best_and_worst, preference_loss_N
 from ds_inpaint.regions import latent_holes, rms_N
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Prepared, Rollout
+from ds_inpaint.transfers import to_device
 from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
 from ds_inpaint.workload import Deal, Forwards, Workload, cut
 from ds_inpaint.zero_config import EngineSection
@@ -215,9 +216,9 @@ class DPO:
         rows_2n = prepared.rows_n([*best_n, *worst_n])
         # What was judged is what is learned from: pasted images, so that a pair's known pixels are equal.
         clean_2nCHW = policy.encode_images(torch.stack([judged.pasted[sample] for sample in [*best_n, *worst_n]]))
-        condition = prepared.condition.rows(rows_2n.to(device))
-        region = self._region(prepared.batch.holes_B1HW[rows_2n].to(device), rollout.latent_shape)
-        shares_n = judged.shares_B[groups].to(device)
+        condition = prepared.condition.rows(to_device(rows_2n, device))
+        region = self._region(to_device(prepared.batch.holes_B1HW[rows_2n], device), rollout.latent_shape)
+        shares_n = to_device(judged.shares_B[groups], device)
         share = self.updates_per_rollout / (len(judged.shares_B) * self.times_per_pair)
         made = []
         for level in range(self.times_per_pair):
@@ -227,8 +228,8 @@ class DPO:
             task = denoising_task(
                 policy.process(*rollout.pixels),
                 clean_2nCHW,
-                torch.cat([noise_n, noise_n]).to(device),
-                torch.cat([quantiles_n, quantiles_n]).to(device),
+                to_device(torch.cat([noise_n, noise_n]), device),
+                to_device(torch.cat([quantiles_n, quantiles_n]), device),
                 condition,
                 region,
             )

@@ -21,6 +21,7 @@ from ds_inpaint.policy_gradient import clipped_surrogate, importance_ratio
 from ds_inpaint.regions import EVERYWHERE, Focus, latent_holes, mean_N, rms_N
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Chunk, Rollout
+from ds_inpaint.transfers import to_device
 from ds_inpaint.values import Condition, Experiences, Loss, Policy, Sampler, Triple
 from ds_inpaint.workload import Deal, Forwards, Workload
 from ds_inpaint.zero_config import EngineSection
@@ -364,8 +365,8 @@ class GRPO:
             latents_nCHW=chunk.trajectory.latents_nKCHW[:, column],
             next_nCHW=chunk.trajectory.next_nKCHW[:, column],
             old_log_probs_n=chunk.trajectory.log_probs_nK[:, column],
-            advantages_n=advantages.advantages_N[samples].to(device),
-            shares_n=(advantages.weights_N[samples] / count.clamp(min=1)).to(device),
+            advantages_n=to_device(advantages.advantages_N[samples], device),
+            shares_n=to_device(advantages.weights_N[samples] / count.clamp(min=1), device),
             reference_nCHW=references[chunk.samples][:, column] if references else None,
             prediction_nCHW=chunk.trajectory.predictions[column] if chunk.trajectory.predictions else None,
         )

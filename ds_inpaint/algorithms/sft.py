@@ -18,6 +18,7 @@ from ds_inpaint.noise import generator, sample_noise
 from ds_inpaint.regions import latent_holes, rms_N
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Prepared, Rollout
+from ds_inpaint.transfers import to_device
 from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
 from ds_inpaint.workload import Deal, Forwards, Workload
 from ds_inpaint.zero_config import EngineSection
@@ -125,12 +126,14 @@ class SFT:
         policy, device = rollout.policy, rollout.ranks.device
         rows_n = prepared.rows_n(numbers)
         _, height, width = rollout.latent_shape
-        holes_n1HW = latent_holes(prepared.batch.holes_B1HW[rows_n].to(device), height, width, self.hole_dilation)
+        holes_n1HW = latent_holes(
+            to_device(prepared.batch.holes_B1HW[rows_n], device), height, width, self.hole_dilation
+        )
         return denoising_task(
             policy.process(*rollout.pixels),
             prepared.latents_nCHW(numbers),
-            sample_noise(rollout.seed, "sft noise", iteration, numbers, rollout.latent_shape).to(device),
-            time_quantiles(self.times, rollout.seed, "sft times", iteration, numbers).to(device),
-            prepared.condition.rows(rows_n.to(device)),
+            to_device(sample_noise(rollout.seed, "sft noise", iteration, numbers, rollout.latent_shape), device),
+            to_device(time_quantiles(self.times, rollout.seed, "sft times", iteration, numbers), device),
+            prepared.condition.rows(to_device(rows_n, device)),
             hole_weights(holes_n1HW, self.hole_weight),
         )

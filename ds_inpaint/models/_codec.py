@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ds_inpaint.errors import InputError
 from ds_inpaint.pixels import blank_holes, to_model_range
+from ds_inpaint.transfers import to_device
 from ds_inpaint.values import Batch
 
 
@@ -57,12 +58,12 @@ class LatentCodec:
 
     def encode(self, images_NCHW: Tensor) -> Tensor:
         """Latents, float32, of whole uint8 images."""
-        return self._latents(to_model_range(images_NCHW.to(self.vae.device)))
+        return self._latents(to_model_range(to_device(images_NCHW, self.vae.device)))
 
     def encode_known(self, batch: Batch) -> Tensor:
         """Latents, float32, of the images with their holes blanked."""
-        images_BCHW = to_model_range(batch.images_BCHW.to(self.vae.device))
-        return self._latents(blank_holes(images_BCHW, batch.holes_B1HW.to(self.vae.device)))
+        images_BCHW = to_model_range(to_device(batch.images_BCHW, self.vae.device))
+        return self._latents(blank_holes(images_BCHW, to_device(batch.holes_B1HW, self.vae.device)))
 
     @torch.no_grad()
     def decode(self, latents_NCHW: Tensor) -> Tensor:

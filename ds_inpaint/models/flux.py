@@ -45,6 +45,7 @@ from ds_inpaint.models._prompts import PromptCache, PromptEncoder
 from ds_inpaint.outline import Configs, Outline
 from ds_inpaint.processes import RectifiedFlow
 from ds_inpaint.samplers.ode import ODE
+from ds_inpaint.transfers import to_device
 from ds_inpaint.values import Batch, Condition, Denoiser, Placement, Sampler
 
 LAYOUT = FolderLayout(
@@ -317,7 +318,7 @@ class FluxPolicy:
     def encode_known(self, batch: Batch) -> Condition:
         """For each patch the latents of the image with its hole blanked and the hole's pixels."""
         masked_latents_BChw = self.codec.encode_known(batch)
-        holes_B1HW = batch.holes_B1HW.to(masked_latents_BChw.device)
+        holes_B1HW = to_device(batch.holes_B1HW, masked_latents_BChw.device)
         # The hole keeps its full resolution: the pixels under one latent become its channels.
         hole_BChw = functional.pixel_unshuffle(holes_B1HW.float(), self.codec.shrink)
         known_BPC = pack(torch.cat([masked_latents_BChw, hole_BChw], dim=1))

@@ -40,6 +40,7 @@ from ds_inpaint.models._prompts import PromptCache, PromptEncoder
 from ds_inpaint.outline import Configs, Outline
 from ds_inpaint.processes import DiscreteDiffusion
 from ds_inpaint.samplers.ddim import DDIM
+from ds_inpaint.transfers import to_device
 from ds_inpaint.values import Batch, Condition, Denoiser, Placement, Sampler
 
 LAYOUT = FolderLayout("Stable Diffusion inpainting", ("unet", "vae", "text_encoder"), ("tokenizer", "scheduler"))
@@ -259,7 +260,7 @@ class SDPolicy:
     def encode_known(self, batch: Batch) -> Condition:
         """The hole on the latent grid, and the latents of the image with its hole blanked."""
         masked_latents_BChw = self.codec.encode_known(batch)
-        holes_B1HW = batch.holes_B1HW.to(masked_latents_BChw.device)
+        holes_B1HW = to_device(batch.holes_B1HW, masked_latents_BChw.device)
         hole_B1hw = functional.interpolate(holes_B1HW.float(), size=masked_latents_BChw.shape[-2:])
         return Condition({"hole": hole_B1hw, "masked_latents": masked_latents_BChw})
 

@@ -150,7 +150,9 @@ def main() -> None:
             ]
             memory = predicted(Path(f"recipes/tiny/{name}.yaml"), overrides)
             taken, during = run(name, overrides, folder)
-            parts = ", ".join(f"{part.name} {part.bytes / 1e6:.1f}" for part in (*memory.lasting, *memory.host, *memory.passing))
+            parts = ", ".join(
+                f"{part.name} {part.bytes / 1e6:.1f}" for part in (*memory.lasting, *memory.host, *memory.passing)
+            )
             print(f"{name} {' '.join(changed)}")
             total = memory.total + memory.host_total  # a CPU's own memory is the host's
             error = total / taken - 1
