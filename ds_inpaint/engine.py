@@ -17,7 +17,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ds_inpaint.zero_config import EngineSection, deepspeed_config  # first: it chooses the accelerator for DeepSpeed
+from ds_inpaint.zero_config import (
+    EngineSection,
+    deepspeed_config,
+    forget,
+)  # first: it chooses the accelerator for DeepSpeed
 
 # isort: split
 import deepspeed
@@ -291,6 +295,7 @@ class Engine:
 
     def _release(self) -> None:
         self._deepspeed.destroy()
+        forget(self._deepspeed.module)
         self._slots.clear()
 
     def _require_idle(self, call: str, *, graphs_may_wait: bool = False) -> None:

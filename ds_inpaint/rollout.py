@@ -263,11 +263,10 @@ class Rollout:
         for turn in range(most):
             row = min(turn, len(prepared.owners) - 1)  # ZeRO-3 needs as many forwards of ranks with fewer groups
             start = sample_noise(self.seed, f"{purpose} start", iteration, [prepared.owners[row]], self.latent_shape)
+            start = to_device(start, self.ranks.device)
             noise_1TCHW = start[:, None].expand(-1, steps + 1, -1, -1, -1)  # of which only the start is used
             given = prepared.condition.rows(slice(row, row + 1))
-            walked = walk(
-                self.policy, self.schedule, given, to_device(noise_1TCHW, self.ranks.device), steps=slice(steps)
-            )
+            walked = walk(self.policy, self.schedule, given, noise_1TCHW, steps=slice(steps))
             ends.append(walked.end_nCHW.cpu())
         return torch.cat(ends[: len(prepared.owners)])
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
+from uuid import uuid4
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -73,7 +74,15 @@ class Tracker:
         if recipe.wandb != "disabled":
             import wandb  # it takes half a second, in commands that never use it too
 
-            self._wandb = wandb.init(project=recipe.project, name=name, dir=folder, mode=recipe.wandb, config=resolved)
+            self._wandb = wandb.init(
+                project=recipe.project,
+                id=_wandb_id(folder),
+                resume="allow",
+                name=name,
+                dir=folder,
+                mode=recipe.wandb,
+                config=resolved,
+            )
 
     def log(self, metrics: dict[str, float]) -> None:
         """Add the row of one iteration; numbers that are not finite are written as null."""
@@ -99,6 +108,14 @@ class Tracker:
         self._open.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)
+
+
+def _wandb_id(folder: Path) -> str:
+    """By which Weights & Biases knows the run of a folder, so that a resumed run goes on there, too."""
+    file = folder / "wandb_id"
+    if not file.exists():
+        file.write_text(uuid4().hex)
+    return file.read_text()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

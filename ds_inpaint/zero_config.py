@@ -13,11 +13,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import nn
 
 # DeepSpeed picks its accelerator while it is imported, and warns when left to find none.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
 from ds_inpaint.distributed import Ranks
@@ -162,14 +164,24 @@ def _mend_release_plans() -> None:
     DeepSpeed 0.19 keeps these answers for good. Those of a run's first forwards, which no backward follows, would hold
     for its updates too: each would gather all weights once more, and gather_once would keep none.
     """
-    kept = inspect.getclosurevars(Coordinator._PartitionedParameterCoordinator__params_to_release).nonlocals["func"]
-    forget = Coordinator._invalidate_trace
+    kept, forget = _release_plans(), Coordinator._invalidate_trace
 
     def forget_both(coordinator: Coordinator) -> None:
         forget(coordinator)
         kept.cache_clear()
 
     Coordinator._invalidate_trace = forget_both
+
+
+def _release_plans() -> Any:
+    """The cached function in which DeepSpeed looks up which weights it releases."""
+    return inspect.getclosurevars(Coordinator._PartitionedParameterCoordinator__params_to_release).nonlocals["func"]
+
+
+def forget(module: nn.Module) -> None:
+    """Let go of a module whose engine was destroyed; of ZeRO-3 DeepSpeed 0.19 would keep it, and with it all states."""
+    FWD_MODULE_STACK[:] = [each for each in FWD_MODULE_STACK if each is not module]
+    _release_plans().cache_clear()
 
 
 def _complete_environment() -> None:

@@ -13,6 +13,7 @@ import os
 import resource
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -618,6 +619,19 @@ def check_gathers(section: EngineSection, ranks: Ranks) -> list[int]:
     return counts[-3:]
 
 
+def check_released(section: EngineSection, ranks: Ranks) -> bool:
+    """Whether nothing of an engine is left after it was closed."""
+    engine = start(section, ADAMW, ranks)
+    outputs(engine)
+    accumulate(engine)
+    engine.step()
+    module = weakref.ref(engine._deepspeed.module)
+    engine.close()
+    del engine
+    gc.collect()
+    return module() is None
+
+
 def check_many_micro_batches(section: EngineSection, ranks: Ranks) -> float:
     """Gradient of one large and many small micro-batches, in units of a small one."""
     torch.manual_seed(0)
@@ -664,6 +678,7 @@ def check_all(ranks: Ranks, folder: Path, before: Path) -> dict[str, Any]:
         "gathers": {
             name: check_gathers(section, ranks) for name, section in SECTIONS.items() if section.zero_stage == 3
         },
+        "released": {name: check_released(section, ranks) for name, section in SECTIONS.items()},
         "many_micro_batches": {name: check_many_micro_batches(section, ranks) for name, section in bf16.items()},
     }
 

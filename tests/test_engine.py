@@ -188,6 +188,11 @@ def test_weights_stay_gathered_through_a_rollout_whatever_came_before(found):
 
 
 @pytest.mark.parametrize("name", SECTIONS)
+def test_a_closed_engine_gives_its_memory_back(found, name):
+    assert all(rank["released"][name] for rank in found)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
 def test_slot_swaps_in_and_out_bit_for_bit(found, name):
     for rank in found:
         assert all(rank["slots"][name].values()), rank["slots"][name]

@@ -46,6 +46,19 @@ def test_weights_and_biases_works_offline_without_an_account(tmp_path):
     assert b"reward/mean" in run.read_bytes()
 
 
+def test_a_resumed_run_is_the_same_one_in_weights_and_biases(tmp_path):
+    track(tmp_path, -1, {"iteration": 0, **ROW}, wandb="offline")
+    track(tmp_path, 0, {"iteration": 1, **ROW}, wandb="offline")
+    (tmp_path / "other").mkdir()
+    track(tmp_path / "other", -1, {"iteration": 0, **ROW}, wandb="offline")
+    ids = [
+        [run.stem for run in folder.glob("wandb/offline-run-*/*.wandb")] for folder in (tmp_path, tmp_path / "other")
+    ]
+    assert len(ids[0]) == 2
+    assert len({*ids[0]}) == len(ids[1]) == 1
+    assert {*ids[0]} != {*ids[1]}
+
+
 def test_the_reward_curve_is_drawn_from_the_metrics(tmp_path):
     rows = [{"iteration": 0, "heldout/reward": 0.1, "heldout/reward_error": 0.01}]
     rows += [{"iteration": n, "reward/mean": 0.1 * n} for n in range(1, 5)]
