@@ -25,6 +25,7 @@ from ds_inpaint.slots import Slots
 from ds_inpaint.switches import attention, compile_blocks
 from ds_inpaint.tracking import Tracker
 from ds_inpaint.trainer import Progress, TrainingRun, place
+from ds_inpaint.transfers import synchronize
 from ds_inpaint.values import Placement, Policy
 
 Load = Callable[[Placement], Policy]
@@ -126,8 +127,7 @@ class Bench:
         return time.perf_counter() - started
 
     def _synchronize(self) -> None:
-        if self.run.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.run.ranks.device)
 
 
 def _methods(run: TrainingRun, phases: Phases) -> list[tuple[type, str, Around]]:

@@ -17,11 +17,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ds_inpaint.zero_config import (
-    EngineSection,
-    deepspeed_config,
-    forget,
-)  # first: it chooses the accelerator for DeepSpeed
+# First, since it chooses the accelerator for DeepSpeed.
+from ds_inpaint.zero_config import EngineSection, deepspeed_config, forget
 
 # isort: split
 import deepspeed

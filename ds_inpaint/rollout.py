@@ -21,7 +21,7 @@ from ds_inpaint.reward_client import Pending, RewardClient
 from ds_inpaint.reward_traffic import metrics
 from ds_inpaint.sampling import Trajectory, encode, walk
 from ds_inpaint.scores import Scores, concatenate, sample_order
-from ds_inpaint.transfers import to_device
+from ds_inpaint.transfers import synchronize, to_device
 from ds_inpaint.values import Batch, Condition, Policy, Triple
 from ds_inpaint.workload import cut, share
 
@@ -207,6 +207,7 @@ class Rollout:
             return chunk
 
         parts = [[chunk_of(numbers) for numbers in part] for part in plan]
+        synchronize(self.ranks.device)
         return Generated(prepared, parts, pending, time.perf_counter() - started)
 
     def collect(self, rewards: RewardClient, *generated: Generated) -> Rollouts:

@@ -39,9 +39,15 @@ def to_host(tensors: Mapping[str, Tensor]) -> Arriving:
     if not any(tensor.is_cuda for tensor in tensors.values()):
         return Arriving(tensors, None)
     copies = {name: _page_locked(tensor) if tensor.is_cuda else tensor for name, tensor in tensors.items()}
-    done = torch.cuda.Event()
+    done = torch.cuda.Event(blocking=True)  # threads that wait for it sleep
     done.record()
     return Arriving(copies, done)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; to be asked once per phase, for clocks."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _page_locked(tensor: Tensor) -> Tensor:

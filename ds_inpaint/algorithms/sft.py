@@ -18,7 +18,7 @@ from ds_inpaint.noise import generator, sample_noise
 from ds_inpaint.regions import latent_holes, rms_N
 from ds_inpaint.reward_client import RewardClient
 from ds_inpaint.rollout import Prepared, Rollout
-from ds_inpaint.transfers import to_device
+from ds_inpaint.transfers import synchronize, to_device
 from ds_inpaint.values import Experiences, Loss, Policy, Sampler, Triple
 from ds_inpaint.workload import Deal, Forwards, Workload
 from ds_inpaint.zero_config import EngineSection
@@ -104,6 +104,7 @@ class SFT:
             self._task(numbers, prepared, rollout, iteration)
             for numbers in prepared.micro_batches(rollout.micro_batch)[0]
         ]
+        synchronize(rollout.ranks.device)
         update = [Shown(task, 1 / len(triples)) for task in tasks]
         return Experiences([update], {"seconds/encode": time.perf_counter() - started})
 
