@@ -180,5 +180,9 @@ def test_what_comes_of_it_equals_a_run_in_peace(night):
         assert ours.keys() == theirs.keys()
         assert any("slot.ema" in name for name in ours)
         assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
-    states = [json.loads((folder / "checkpoint.json").read_text())["state"] for folder in (mine, other)]
-    assert states[0]["progress"] == states[1]["progress"]
+    # If the launcher was killed late, the last checkpoint is from before the last evaluation, whose row it then keeps.
+    ours, theirs = (
+        json.loads((folder / "checkpoint.json").read_text())["state"]["progress"] | {"unlogged": None}
+        for folder in (mine, other)
+    )
+    assert ours == theirs
