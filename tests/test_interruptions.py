@@ -21,7 +21,7 @@ from conftest import start_ranks
 from run_helpers import DEEPSPEED, ENVIRONMENT, is_alive, rows, wait_for, wait_for_iteration
 from safetensors.torch import load_file
 
-ITERATIONS = 9
+ITERATIONS = 12
 SETTINGS = [
     *(
         "ema.decay=0.9",
