@@ -180,7 +180,8 @@ def _release_plans() -> Any:
 
 def forget(module: nn.Module) -> None:
     """Let go of a module whose engine was destroyed; of ZeRO-3 DeepSpeed 0.19 would keep it, and with it all states."""
-    FWD_MODULE_STACK[:] = [each for each in FWD_MODULE_STACK if each is not module]
+    gone = set(module.modules())  # a block that is computed again in backward leaves its parts there, too
+    FWD_MODULE_STACK[:] = [each for each in FWD_MODULE_STACK if each not in gone]
     _release_plans().cache_clear()
 
 

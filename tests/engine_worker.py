@@ -26,6 +26,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ds_inpaint import checkpoint_writer
 from ds_inpaint.checkpoint_files import numbers
@@ -86,6 +87,17 @@ class Net(nn.Module):
     def forward(self, inputs_NC: Tensor) -> Tensor:
         outputs = self.head(self.frozen(self.body(inputs_NC.to(self.head.weight.dtype))))
         return outputs.float() * self.scale
+
+
+class Recomputed(nn.Module):
+    """A layer that is computed again in the backward pass, up to what its gradient needs: within that layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, inputs_NC: Tensor) -> Tensor:
+        return checkpoint(self.layer, inputs_NC.to(self.layer.weight.dtype), use_reentrant=False)
 
 
 def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -621,7 +633,7 @@ def check_gathers(section: EngineSection, ranks: Ranks) -> list[int]:
 
 def check_released(section: EngineSection, ranks: Ranks) -> bool:
     """Whether nothing of an engine is left after it was closed."""
-    engine = start(section, ADAMW, ranks)
+    engine = Engine(Recomputed(), section, ADAMW, ranks, total_steps=8)
     outputs(engine)
     accumulate(engine)
     engine.step()
