@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from ds_inpaint.costs import Call, Costs
 from ds_inpaint.gpus import GPU
-from ds_inpaint.outline import Outline
 from ds_inpaint.recipe import Recipe
 from ds_inpaint.workload import Forwards, Workload
 from ds_inpaint.zero_config import EngineSection
@@ -102,7 +101,7 @@ def _denoising(recipe: Recipe, costs: Costs, machine: Machine, forwards: Forward
     communicating = machine.communicating(moved)
     if engine.offload_optimizer and forwards.trained:
         # DeepSpeed fetches the sums of this rank's gradients, adds on the GPU and puts them back.
-        communicating += machine.offloading(2 * 4 * _shard(outline, machine))
+        communicating += machine.offloading(2 * 4 * outline.trained_by(machine.count))
     seconds = machine.computing(flops, engine)
     return Phase(forwards.phase, forwards.calls, flops, seconds, forwards.calls * communicating)
 
@@ -119,10 +118,5 @@ def _exchanging(recipe: Recipe, costs: Costs, machine: Machine, workload: Worklo
     communicating = machine.communicating(moved)
     if engine.offload_optimizer:
         # The gradient sums to the GPU and back into the optimizer's gradient, then the new weights.
-        communicating += machine.offloading((2 * 4 + size) * _shard(outline, machine))
+        communicating += machine.offloading((2 * 4 + size) * outline.trained_by(machine.count))
     return workload.updates * communicating
-
-
-def _shard(outline: Outline, machine: Machine) -> int:
-    """Weights that a rank updates when the optimizer's state is divided."""
-    return -(-outline.trained // machine.count)

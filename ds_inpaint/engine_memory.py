@@ -103,7 +103,7 @@ class EngineMemory:
     @property
     def shard(self) -> int:
         """Trained weights that a rank updates."""
-        return self.outline.trained if self.stage == 0 else -(-self.outline.trained // self.world_size)
+        return self.outline.trained_by(1 if self.stage == 0 else self.world_size)
 
     @property
     def stage(self) -> int:

@@ -154,7 +154,8 @@ def workload(sizes: Sequence[Pixels], deal: Deal) -> Workload:
 @torch.no_grad()
 def denoising_losses(pairs: Sequence[tuple[Rollout, Prepared]], count: int) -> Tensor:
     """Denoising error [N] of the original images, each at one noise level; the levels are spread evenly."""
-    losses: dict[int, Tensor] = {}
+    samples: list[int] = []
+    errors: list[Tensor] = []
     for rollout, prepared in pairs:
         policy, device = rollout.policy, rollout.ranks.device
         for numbers in prepared.micro_batches(rollout.micro_batch)[0]:
@@ -166,7 +167,9 @@ def denoising_losses(pairs: Sequence[tuple[Rollout, Prepared]], count: int) -> T
                 prepared.condition.rows(to_device(prepared.rows_n(numbers), device)),
                 None,
             )
-            losses.update(zip(numbers, task.errors_N(task.answers_NCHW(policy)).cpu(), strict=True))
+            samples.extend(numbers)
+            errors.append(task.errors_N(task.answers_NCHW(policy)))
+    losses = dict(zip(samples, torch.cat(errors).cpu(), strict=True))
     everyone = {number: loss for part in pairs[0][0].ranks.gather(losses) for number, loss in part.items()}
     return torch.stack([everyone[number] for number in range(count)])
 

@@ -30,6 +30,10 @@ class Outline:
         """Numbers that are trained."""
         return sum(parameter.numel() for parameter in self.denoiser.parameters() if parameter.requires_grad)
 
+    def trained_by(self, ranks: int) -> int:
+        """Numbers that each of so many ranks trains where they divide them, padding included."""
+        return -(-self.trained // ranks)
+
     @property
     def frozen(self) -> int:
         """Numbers of the denoiser that are not trained."""

@@ -70,7 +70,7 @@ def remedies(
         gpus * 2**doublings for doublings in range(1, MOST_GPUS.bit_length()) if gpus * 2**doublings <= MOST_GPUS
     ]
     more_gpus = [(settings, count) for count in doubled for settings in ((), kept)]
-    to_offload = OFFLOADING[engine.zero_stage == 3 :]
+    to_offload = OFFLOADING if engine.zero_stage < 3 else OFFLOADING[1:]
     offloading = [(_joined(settings, to_offload), gpus) for settings in ((), kept)]
     fewer_weights = [((*settings, *ADAPTERS), gpus) for settings in ((), kept)] if adapters else []
     yield from filter(None, (best(more_gpus), best(offloading), best(fewer_weights)))

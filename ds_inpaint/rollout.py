@@ -197,7 +197,7 @@ class Rollout:
             noise = self._noise(numbers, purpose, iteration, prepared.group_size if same_start else 1)
             rows_n = prepared.rows_n(numbers)
             if branches_BCHW is not None:
-                noise[:, 0] = branches_BCHW[rows_n]
+                noise[:, 0] = branches_BCHW[to_device(rows_n, self.ranks.device)]
             chunk = self._generate(prepared, numbers, noise, record, focus, keep_graphs, shared_steps)
             names = [
                 f"{prepared.batch.ids[row]}#{number}" for row, number in zip(rows_n.tolist(), numbers, strict=True)
@@ -246,16 +246,16 @@ class Rollout:
         )
 
     def _noise(self, numbers: Sequence[int], purpose: str, iteration: int, sharing: int) -> Tensor:
-        """[n, T + 1, C, h, w]: the start, which every ``sharing`` consecutive samples share, then each step's."""
+        """[n, T + 1, C, h, w], on the device: the start, shared by ``sharing`` consecutive samples, then the steps'."""
         steps = (len(self.schedule.times_T) + 1, *self.latent_shape)
         noise_nTCHW = sample_noise(self.seed, purpose, iteration, numbers, steps)
         if sharing > 1:
             groups = [number // sharing for number in numbers]
             noise_nTCHW[:, 0] = sample_noise(self.seed, f"{purpose} start", iteration, groups, self.latent_shape)
-        return noise_nTCHW
+        return to_device(noise_nTCHW, self.ranks.device)
 
     def _branches(self, prepared: Prepared, purpose: str, iteration: int, steps: int) -> Tensor:
-        """Latents on the CPU, one row for each triple of ``prepared``, at which its group's samples part.
+        """Latents, one row for each triple of ``prepared``, at which its group's samples part.
 
         Each group goes there alone: a batch would round differently for each number of ranks.
         """
@@ -268,7 +268,7 @@ class Rollout:
             noise_1TCHW = start[:, None].expand(-1, steps + 1, -1, -1, -1)  # of which only the start is used
             given = prepared.condition.rows(slice(row, row + 1))
             walked = walk(self.policy, self.schedule, given, noise_1TCHW, steps=slice(steps))
-            ends.append(walked.end_nCHW.cpu())
+            ends.append(walked.end_nCHW)
         return torch.cat(ends[: len(prepared.owners)])
 
     @torch.no_grad()
@@ -286,12 +286,12 @@ class Rollout:
         given = prepared.condition.rows(to_device(rows_n, device))
         batch = prepared.batch
         images, holes = (to_device(each[rows_n], device) for each in (batch.images_BCHW, batch.holes_B1HW))
-        focused, noise = focus(holes), to_device(noise_nTCHW, device)
+        focused = focus(holes)
         walked = walk(
             self.policy,
             self.schedule,
             given,
-            noise,
+            noise_nTCHW,
             record=record,
             focus=focused,
             keep_graphs=keep_graphs,

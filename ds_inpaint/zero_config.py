@@ -100,8 +100,9 @@ class EngineSection:
         if self.offload_optimizer and self.zero_stage != 3:
             raise Impossible(
                 "offload_optimizer",
-                f"true with zero_stage {self.zero_stage}, where DeepSpeed never forgets a gradient that was not finite "
-                "and skips all further updates; use zero_stage 3, on a single GPU too, or false.",
+                f"true with zero_stage {self.zero_stage}. In stage 0 DeepSpeed does not offload; in 1 and 2 it never "
+                "forgets a gradient that was not finite, and in bf16 skips all further updates. Set zero_stage: 3, "
+                "which a single GPU can use, too, or offload_optimizer: false.",
             )
 
     @property

@@ -349,8 +349,15 @@ def test_bf16_without_zero_is_refused():
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_offloading_is_refused_where_deepspeed_never_forgets_a_nan(stage):
-    with pytest.raises(Impossible, match=f"true with zero_stage {stage}, .* use zero_stage 3, on a single GPU too"):
+    with pytest.raises(Impossible, match=f"true with zero_stage {stage}\\. .* Set zero_stage: 3, which a single GPU"):
         EngineSection(zero_stage=stage, precision="fp32", offload_optimizer=True)
+
+
+@pytest.mark.parametrize(("name", "offloaded"), [("zero3", "zero3_offload"), ("zero3_bf16", "zero3_bf16_offload")])
+def test_offloaded_updates_are_the_same_bit_for_bit_while_nothing_is_clipped(found, name, offloaded):
+    resident, other = (found[0]["resume"][each]["end"] for each in (name, offloaded))
+    assert resident.keys() == other.keys()
+    assert all(tensor.equal(other[key]) for key, tensor in resident.items())
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

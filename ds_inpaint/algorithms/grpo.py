@@ -234,9 +234,11 @@ class GRPO:
             counted = advantages.weights_N[update :: self.updates_per_rollout].sum()
             updates.append(
                 [
-                    self._trained_step(chunk, column, step, rollout, advantages, counted * len(steps), references)
+                    trained
                     for chunk in chunks
-                    for column, step in enumerate(steps)
+                    for trained in self._trained_steps(
+                        chunk, steps, rollout.schedule, advantages, counted * len(steps), references
+                    )
                 ]
             )
         metrics = rewards.recipe.metrics(rollouts.scores, judgement, rollouts.areas_N, self.group_size)
@@ -346,27 +348,33 @@ class GRPO:
                 for chunk in chunks
             }
 
-    def _trained_step(
+    def _trained_steps(
         self,
         chunk: Chunk,
-        column: int,
-        step: int,
-        rollout: Rollout,
+        steps: Sequence[int],
+        schedule: Schedule,
         advantages: Advantages,
         count: Tensor,
         references: dict[tuple[int, ...], Tensor],
-    ) -> TrainedStep:
-        samples, device = list(chunk.samples), chunk.trajectory.latents_nKCHW.device
-        return TrainedStep(
-            schedule=rollout.schedule,
-            step=step,
-            condition=chunk.condition,
-            focus=chunk.focus,
-            latents_nCHW=chunk.trajectory.latents_nKCHW[:, column],
-            next_nCHW=chunk.trajectory.next_nKCHW[:, column],
-            old_log_probs_n=chunk.trajectory.log_probs_nK[:, column],
-            advantages_n=to_device(advantages.advantages_N[samples], device),
-            shares_n=to_device(advantages.weights_N[samples] / count.clamp(min=1), device),
-            reference_nCHW=references[chunk.samples][:, column] if references else None,
-            prediction_nCHW=chunk.trajectory.predictions[column] if chunk.trajectory.predictions else None,
+    ) -> list[TrainedStep]:
+        samples, walked = list(chunk.samples), chunk.trajectory
+        advantages_n, shares_n = (
+            to_device(each_N[samples], walked.end_nCHW.device)
+            for each_N in (advantages.advantages_N, advantages.weights_N / count.clamp(min=1))
         )
+        return [
+            TrainedStep(
+                schedule=schedule,
+                step=step,
+                condition=chunk.condition,
+                focus=chunk.focus,
+                latents_nCHW=walked.latents_nKCHW[:, column],
+                next_nCHW=walked.next_nKCHW[:, column],
+                old_log_probs_n=walked.log_probs_nK[:, column],
+                advantages_n=advantages_n,
+                shares_n=shares_n,
+                reference_nCHW=references[chunk.samples][:, column] if references else None,
+                prediction_nCHW=walked.predictions[column] if walked.predictions else None,
+            )
+            for column, step in enumerate(steps)
+        ]
