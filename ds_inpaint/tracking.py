@@ -113,7 +113,7 @@ class Tracker:
 def _wandb_id(folder: Path) -> str:
     """By which Weights & Biases knows the run of a folder, so that a resumed run goes on there, too."""
     file = folder / "wandb_id"
-    if not file.exists():
+    if not file.exists() or not file.read_text():  # a kill may have left it empty
         file.write_text(uuid4().hex)
     return file.read_text()
 

@@ -50,6 +50,7 @@ def test_a_resumed_run_is_the_same_one_in_weights_and_biases(tmp_path):
     track(tmp_path, -1, {"iteration": 0, **ROW}, wandb="offline")
     track(tmp_path, 0, {"iteration": 1, **ROW}, wandb="offline")
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "wandb_id").touch()
     track(tmp_path / "other", -1, {"iteration": 0, **ROW}, wandb="offline")
     ids = [
         [run.stem for run in folder.glob("wandb/offline-run-*/*.wandb")] for folder in (tmp_path, tmp_path / "other")
